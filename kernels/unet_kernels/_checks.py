@@ -1,0 +1,123 @@
+"""Door-keepers of the public functions: type, then shape, then dtype, then device; one sentence each.
+
+An error names the argument, what was expected and what came. Nothing here reads a tensor's values, so a door costs
+microseconds, never waits for a GPU, and is traced by torch.compile without a graph break.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+)
+
+
+def expect_tensor(name: str, value: Any, axes: str, dtypes: Sequence[torch.dtype], kind: str) -> None:
+    """`value` is a tensor with the named axes ("N, C, H, W") and one of the dtypes, which a person calls `kind`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor [{axes}], got {type(value).__name__}")
+    rank = axes.count(",") + 1
+    if value.dim() != rank:
+        raise ValueError(f"{name} must be {rank}-D [{axes}], got {value.dim()}-D {list(value.shape)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {kind}, got {_plain(value.dtype)}{_hint(value.dtype, kind)}")
+
+
+def expect_float(name: str, value: Any, axes: str) -> None:
+    expect_tensor(name, value, axes, FLOATS, "floating (float32, float16, bfloat16 or float64)")
+
+
+def expect_integer(name: str, value: Any, axes: str) -> None:
+    expect_tensor(name, value, axes, INTEGERS, "an integer tensor")
+
+
+def expect_size(name: str, value: Tensor, sizes: Sequence[int], reason: str) -> None:
+    """`value` has exactly these sizes; -1 stands for any."""
+    if len(value.shape) != len(sizes) or any(
+        want != -1 and have != want for have, want in zip(value.shape, sizes, strict=True)
+    ):
+        wanted = ", ".join("any" if s == -1 else str(s) for s in sizes)
+        raise ValueError(f"{name} must have shape [{wanted}] {reason}, got {list(value.shape)}")
+
+
+def expect_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` has the dtype and lies on the device of `other`."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} must be {_plain(other.dtype)} like {other_name}, got {_plain(value.dtype)}")
+    expect_device(name, value, other_name, other)
+
+
+def expect_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like {other_name}, got {value.device}")
+
+
+def expect_cover(up: Tensor, skip: Tensor) -> None:
+    """`skip` is a map that up's window can be cut out of: same batch, at least its rows and columns."""
+    expect_float("up", up, "N, C_up, H, W")
+    expect_float("skip", skip, "N, C_skip, H, W")
+    if skip.shape[0] != up.shape[0]:
+        raise ValueError(f"skip must have the batch size of up, {up.shape[0]}, got {skip.shape[0]}")
+    if skip.shape[2] < up.shape[2] or skip.shape[3] < up.shape[3]:
+        raise ValueError(
+            f"skip must cover up: up is {up.shape[2]}x{up.shape[3]}, got skip {skip.shape[2]}x{skip.shape[3]}"
+        )
+
+
+def expect_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices or isinstance(value, bool):
+        listed = " or ".join(repr(c) for c in choices)
+        raise ValueError(f"{name} must be {listed}, got {value!r}")
+
+
+def expect_number(name: str, value: object, *, low: float, strictly: bool = False) -> None:
+    """`value` is a finite real number, at least (or, strictly, above) `low`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    # written so that NaN fails too
+    if not (low < value < float("inf") if strictly else low <= value < float("inf")):
+        raise ValueError(f"{name} must be {'above' if strictly else 'at least'} {low:g} and finite, got {value}")
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether torch.autocast is on where the tensor lies."""
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as torch.autocast would hand them to a convolution: in its dtype, float64 left alone."""
+    if not autocast_enabled(tensors[0]):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def autocast_to_float32(tensor: Tensor) -> Tensor:
+    """The tensor as torch.autocast would hand it to a loss."""
+    return tensor.float() if autocast_enabled(tensor) and tensor.dtype != torch.float64 else tensor
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _hint(dtype: torch.dtype, kind: str) -> str:
+    if kind == "an integer tensor" and dtype == torch.bool:
+        return "; .to(torch.int32) makes one cell of all that is True"
+    if kind == "an integer tensor" and dtype.is_floating_point:
+        return "; ids are whole numbers, .to(torch.int32) if these are"
+    if kind.startswith("floating") and not dtype.is_floating_point:
+        return "; .float() makes it so"
+    return ""

@@ -1,0 +1,41 @@
+"""Which implementation an op takes on a device, and why: what `unet-fast doctor` prints."""
+
+from collections.abc import Callable
+
+import torch
+
+from . import _triton
+
+__all__ = ["OPS", "lane"]
+
+OPS = (
+    "conv3x3_relu",
+    "conv3x3_relu_cat",
+    "up_conv",
+    "crop_concat",
+    "weighted_cross_entropy",
+    "head_cross_entropy",
+    "two_nearest_cells",
+    "cut_gap",
+    "border_weight",
+    "elastic_warp",
+)
+
+# the ops that have a kernel of ours, each with the question its CUDA implementation asks before it takes that kernel
+_KERNELS: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {"crop_concat": _triton.why_not}
+
+
+def lane(op: str, device: torch.device, dtype: torch.dtype | None = None) -> tuple[str, str]:
+    """("triton" or "torch", the reason in a few words) for an op of `OPS`.
+
+    Raises:
+        ValueError: there is no such op.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    if device.type != "cuda":
+        return "torch", f"ATen, the reference; {device.type} has no kernel of ours yet"
+    if op not in _KERNELS:
+        return "torch", "ATen, the reference; no kernel of ours yet"
+    refusal = _KERNELS[op](device, dtype)
+    return ("torch", refusal) if refusal else ("triton", "our kernel")

@@ -1,0 +1,142 @@
+"""Unpadded 3x3 convolution, bias and ReLU; and the same over a concatenation that is never stored.
+
+    y[n, co, h, w] = relu(bias[co] + sum_{ci, r, s} x[n, ci, h + r, w + s] weight[co, ci, r, s])
+
+x [N, Ci, H, W], weight [Co, Ci, 3, 3] and y [N, Co, H - 2, W - 2] in any strides; channels_last is the fast one.
+Backward keeps x, weight and y: relu'(z) = [not (y <= 0)], and y is the next layer's input anyway, so the ReLU costs no
+memory. `not (y <= 0)` rather than `y > 0`, so that a NaN in y lets its gradient through as torch does.
+For the concatenation it keeps up and skip and lays them side by side again when it needs them.
+Derivation: docs/mathematics.md, section 2.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+
+__all__ = ["conv3x3_relu", "conv3x3_relu_cat"]
+
+
+@torch.library.custom_op("unet::conv3x3_relu", mutates_args=())
+def _op(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return reference.conv3x3_relu(x, weight, bias, relu)
+
+
+# a fake whose body is the ATen composite gets the strides right
+_op.register_fake(reference.conv3x3_relu)
+
+
+@torch.library.custom_op("unet::conv3x3_relu_cat", mutates_args=())
+def _cat_op(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
+
+
+_cat_op.register_fake(reference.conv3x3_relu_cat)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, weight, _, relu = inputs
+    ctx.save_for_backward(*tensors, weight, *([output] if relu else []))
+    ctx.relu = relu
+
+
+def _derivatives(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, y: list[Tensor], needs: list[bool]) -> Any:
+    if ctx.relu:
+        # zero where y <= 0, which no NaN satisfies
+        dy = torch.ops.aten.threshold_backward(dy, y[0], 0)
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs
+    )
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, *y = ctx.saved_tensors
+    return (*_derivatives(ctx, dy, x, weight, y, list(ctx.needs_input_grad[:3])), None)
+
+
+def _cat_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    up, skip, weight, *y = ctx.saved_tensors
+    for_up, for_skip, for_weight, for_bias, _ = ctx.needs_input_grad
+    x = reference.crop_concat(up, skip)
+    dx, dweight, dbias = _derivatives(ctx, dy, x, weight, y, [for_up or for_skip, for_weight, for_bias])
+    dup = dx[:, : up.shape[1]] if for_up else None
+    dskip = reference.uncrop(dx[:, up.shape[1] :], skip.shape) if for_skip else None
+    return dup, dskip, dweight, dbias, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+_cat_op.register_autograd(_cat_backward, setup_context=_setup)
+
+
+def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) -> Tensor:
+    """Valid 3x3 convolution with bias and ReLU, in one operation.
+
+    Equals `torch.relu(torch.nn.functional.conv2d(x, weight, bias))`, strides of the result included. NaN passes
+    through, forward and backward. Under autocast the arguments are cast to its dtype.
+
+    Args:
+        x: [N, C_in, H, W], H and W at least 3; float32, float16, bfloat16 or float64.
+        weight: [C_out, C_in, 3, 3], dtype and device of x.
+        bias: [C_out], likewise.
+        relu: False leaves the ReLU out.
+
+    Returns:
+        [N, C_out, H - 2, W - 2], dtype of x. Differentiable in x, weight and bias.
+
+    Raises:
+        TypeError: an argument is no tensor, or its dtype is not floating or differs from x's.
+        ValueError: a shape or device does not fit.
+
+    >>> y = conv3x3_relu(torch.zeros(1, 1, 572, 572), torch.zeros(64, 1, 3, 3), torch.zeros(64))
+    >>> y.shape
+    torch.Size([1, 64, 570, 570])
+    """
+    _checks.expect_float("x", x, "N, C_in, H, W")
+    _expect_parameters(weight, bias, x.shape[1], "the channels of x")
+    _expect_room("x", x)
+    x, weight, bias = _checks.autocast(x, weight, bias)
+    _checks.expect_like("weight", weight, "x", x)
+    _checks.expect_like("bias", bias, "x", x)
+    return _op(x, weight, bias, bool(relu))
+
+
+def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) -> Tensor:
+    """`conv3x3_relu(crop_concat(up, skip), weight, bias)`, the concatenation never kept.
+
+    Args:
+        up: [N, C_up, H, W], H and W at least 3: the map from below.
+        skip: [N, C_skip, at least H, at least W]: its centred window is read where it lies. Pass the window itself
+            (a view) where the rest of the map is not needed, and the rest is not kept alive.
+        weight: [C_out, C_up + C_skip, 3, 3]; the first C_up input channels belong to up.
+        bias: [C_out].
+        relu: False leaves the ReLU out.
+
+    Returns:
+        [N, C_out, H - 2, W - 2]. Differentiable in up, skip, weight and bias; skip's gradient is zero outside the
+        window.
+
+    Raises:
+        TypeError: an argument is no tensor, or its dtype is not floating or differs from up's.
+        ValueError: a shape or device does not fit.
+    """
+    _checks.expect_cover(up, skip)
+    _expect_parameters(weight, bias, up.shape[1] + skip.shape[1], "the channels of up and skip together")
+    _expect_room("up", up)
+    up, skip, weight, bias = _checks.autocast(up, skip, weight, bias)
+    for name, value in (("skip", skip), ("weight", weight), ("bias", bias)):
+        _checks.expect_like(name, value, "up", up)
+    return _cat_op(up, skip, weight, bias, bool(relu))
+
+
+def _expect_parameters(weight: Tensor, bias: Tensor, channels: int, whose: str) -> None:
+    _checks.expect_float("weight", weight, "C_out, C_in, 3, 3")
+    _checks.expect_size("weight", weight, (-1, channels, 3, 3), f"(C_in is {whose})")
+    _checks.expect_float("bias", bias, "C_out")
+    _checks.expect_size("bias", bias, (weight.shape[0],), "(one per output channel of weight)")
+
+
+def _expect_room(name: str, x: Tensor) -> None:
+    if x.shape[2] < 3 or x.shape[3] < 3:
+        raise ValueError(f"{name} must be at least 3x3 for a valid 3x3 convolution, got {x.shape[2]}x{x.shape[3]}")

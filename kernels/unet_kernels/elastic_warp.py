@@ -1,0 +1,211 @@
+"""Elastic warp of an image and its labels by one coarse grid of displacements.
+
+    out[n, c, p] = image[n, c, A(p + u(p))]        A(q) = M[:, :2] (q - centre) + M[:, 2] + centre
+
+A backward map, in pixels, rows first: u is the bicubic interpolation (Keys, a = -0.75) of displacement [N, 2, gh, gw],
+whose corners sit on the image's corner pixels; outside the image u keeps its edge value and the image is mirrored
+without repeating its edge. Coordinates are float32 (float64 if an operand is). Labels take the nearest pixel.
+Backward keeps what came in and walks the map again. Derivation: docs/mathematics.md, section 6.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+
+__all__ = ["elastic_warp"]
+
+IMAGES = (torch.uint8, torch.uint16, *_checks.FLOATS)
+
+
+@torch.library.custom_op("unet::elastic_warp", mutates_args=())
+def _op(
+    image: Tensor,
+    displacement: Tensor,
+    labels: Tensor | None,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+) -> tuple[Tensor, Tensor]:
+    _expect_finite("displacement", displacement)
+    if matrix is not None:
+        _expect_finite("matrix", matrix)
+    # the map is a matter of float32 whatever the caller's autocast says
+    with torch.autocast(image.device.type, enabled=False):
+        out, warped = reference.elastic_warp(image, displacement, labels, matrix, lut, out_size, order)
+    # an op returns tensors always: no labels, no elements
+    return out.contiguous(), torch.empty(0, device=image.device) if warped is None else warped.contiguous()
+
+
+@_op.register_fake
+def _(
+    image: Tensor,
+    displacement: Tensor,
+    labels: Tensor | None,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+) -> tuple[Tensor, Tensor]:
+    n, c = image.shape[:2]
+    out = torch.empty((n, c, *out_size), dtype=image.dtype, device=image.device)
+    if labels is None:
+        return out, torch.empty(0, device=image.device)
+    return out, torch.empty((n, *out_size), dtype=labels.dtype, device=image.device)
+
+
+def _expect_finite(name: str, value: Tensor) -> None:
+    # on a GPU this would wait for it; there NaN goes through to the image
+    if value.device.type == "cpu" and not value.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {int((~value.isfinite()).sum())} NaN or infinite values")
+
+
+@torch.library.custom_op("unet::elastic_warp_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor,
+    image: Tensor,
+    displacement: Tensor,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    sources = [image, displacement, matrix]
+    wanted = [t.detach().requires_grad_() for t, need in zip(sources, needs, strict=True) if need and t is not None]
+    with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
+        rest = iter(wanted)
+        image, displacement, matrix = (next(rest) if need else t for t, need in zip(sources, needs, strict=True))
+        out, _ = reference.elastic_warp(image, displacement, None, matrix, lut, out_size, order)
+        found = iter(torch.autograd.grad(out, wanted, dout))
+    # a gradient nobody asked for has no elements
+    gradients = [next(found).contiguous() if need else dout.new_empty(0) for need in needs]
+    return gradients[0], gradients[1], gradients[2]
+
+
+@_backward_op.register_fake
+def _(
+    dout: Tensor,
+    image: Tensor,
+    displacement: Tensor,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    sources = (image, displacement, matrix)
+    gradients = [
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else dout.new_empty(0)
+        for t, need in zip(sources, needs, strict=True)
+    ]
+    return gradients[0], gradients[1], gradients[2]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    image, displacement, _, matrix, lut, ctx.out_size, ctx.order = inputs
+    ctx.save_for_backward(image, displacement, matrix, lut)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    image, displacement, matrix, lut = ctx.saved_tensors
+    for_image, for_displacement, _labels, for_matrix, *_rest = ctx.needs_input_grad
+    needs = [for_image, for_displacement, for_matrix]
+    gradients = _backward_op(dout, image, displacement, matrix, lut, ctx.out_size, ctx.order, needs)
+    dimage, ddisplacement, dmatrix = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    return dimage, ddisplacement, None, dmatrix, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def elastic_warp(
+    image: Tensor,
+    displacement: Tensor,
+    *,
+    labels: Tensor | None = None,
+    matrix: Tensor | None = None,
+    lut: Tensor | None = None,
+    out_size: int | Sequence[int] | None = None,
+    order: int = 1,
+    border: str = "reflect",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Warp an image, and its labels with it: out(p) = image(A(p + u(p))).
+
+    Args:
+        image: [N, C, H, W]; uint8, uint16, float16, bfloat16, float32 or float64.
+        displacement: [N, 2, gh, gw], gh and gw at least 2, pixels, rows first: where to read, relative to where one
+            is. The grid spans the image corner to corner; between its points u is bicubic
+            (`interpolate(..., "bicubic", align_corners=True)`), outside the image it keeps its edge value.
+        labels: [N, H, W], any integer dtype; taken from the nearest pixel, so no label is invented.
+        matrix: [N, 2, 3], rows first: A(q) = M[:, :2] (q - c) + M[:, 2] + c about c = ((H - 1) / 2, (W - 1) / 2).
+        lut: [L] or [N, L], floating, L at least 2: a grey-value table in the image's own units, applied to what was
+            read. Its entries span 0 to the dtype's maximum (0 to 1 for floats), linear in between, flat beyond.
+        out_size: rows and columns that come out, of both; the window lies at offset floor((H - h) / 2) and may exceed
+            the image. Default: the image's.
+        order: 1 (linear) or 3 (Keys' cubic, a = -0.75, no prefilter).
+        border: "reflect": 1234 -> 32123432.
+
+    Returns:
+        The image [N, C, h, w] in its dtype (integers rounded to the nearest, halves to even, and clamped), or
+        (image, labels). Differentiable in a floating image, displacement and matrix.
+
+    Raises:
+        TypeError: an argument is no tensor, or has the wrong kind of dtype.
+        ValueError: a shape, a device, order or border does not fit; on a CPU also NaN or infinity in displacement.
+
+    >>> image = torch.arange(4.0).view(1, 1, 1, 4)
+    >>> one_to_the_right = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
+    >>> elastic_warp(image, one_to_the_right)
+    tensor([[[[1., 2., 3., 2.]]]])
+    """
+    _checks.expect_tensor("image", image, "N, C, H, W", IMAGES, "uint8, uint16 or floating")
+    n, _, height, width = image.shape
+    if height < 1 or width < 1:
+        raise ValueError(f"image must have at least one row and one column, got {height}x{width}")
+    _checks.expect_choice("order", order, (1, 3))
+    _checks.expect_choice("border", border, ("reflect",))
+    size = _expect_out_size(out_size, height, width)
+    _checks.expect_float("displacement", displacement, "N, 2, gh, gw")
+    _checks.expect_size("displacement", displacement, (n, 2, -1, -1), "(the batch of image; rows, columns)")
+    if displacement.shape[2] < 2 or displacement.shape[3] < 2:
+        raise ValueError(
+            f"displacement must be a grid of at least 2x2, got {displacement.shape[2]}x{displacement.shape[3]}"
+        )
+    _checks.expect_device("displacement", displacement, "image", image)
+    if labels is not None:
+        _checks.expect_integer("labels", labels, "N, H, W")
+        _checks.expect_size("labels", labels, (n, height, width), "(N, H, W of image)")
+        _checks.expect_device("labels", labels, "image", image)
+    if matrix is not None:
+        _checks.expect_float("matrix", matrix, "N, 2, 3")
+        _checks.expect_size("matrix", matrix, (n, 2, 3), "(the batch of image)")
+        _checks.expect_device("matrix", matrix, "image", image)
+    if lut is not None:
+        _expect_lut(lut, image)
+    out, warped = _op(image, displacement, labels, matrix, lut, size, order)
+    return out if labels is None else (out, warped)
+
+
+def _expect_out_size(out_size: int | Sequence[int] | None, height: int, width: int) -> list[int]:
+    if out_size is None:
+        return [height, width]
+    size = [out_size, out_size] if isinstance(out_size, int) else list(out_size)
+    if len(size) != 2 or any(s < 1 for s in size):
+        raise ValueError(f"out_size must be rows and columns of at least 1, got {out_size}")
+    return size
+
+
+def _expect_lut(lut: Tensor, image: Tensor) -> None:
+    axes = "N, L" if isinstance(lut, Tensor) and lut.dim() == 2 else "L"
+    _checks.expect_float("lut", lut, axes)
+    _checks.expect_device("lut", lut, "image", image)
+    if lut.shape[-1] < 2:
+        raise ValueError(f"lut must have at least 2 entries, got {lut.shape[-1]}")
+    if lut.dim() == 2 and lut.shape[0] != image.shape[0]:
+        raise ValueError(f"lut must have one row per image of the batch, {image.shape[0]}, got {lut.shape[0]}")

@@ -1,0 +1,300 @@
+"""FastUNet: the U-Net of Ronneberger, Fischer and Brox (MICCAI 2015) on the ops of `unet_kernels`.
+
+Level 0 is full resolution, level `depth` the bottom; `down[level]` is the contracting path, `up[level]` the expanding
+one. The layers are nn.Conv2d and nn.ConvTranspose2d with another forward, so that hooks, initialisers, FLOP counters
+and state_dicts that know those know these.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import unet_kernels
+
+from . import geometry
+
+__all__ = ["FastUNet"]
+
+
+def _restart(weight: nn.Parameter, bias: nn.Parameter | None, incoming: int) -> None:
+    """He's initialisation, std sqrt(2 / incoming), in channels_last memory; biases 0.
+
+    Through `.data`: `.to(memory_format=)` fails under fake tensors. Through explicit strides: with one input channel
+    a tensor is contiguous in both formats, and only its strides tell a convolution which one is meant.
+    """
+    _, c, h, w = weight.shape
+    weight.data = torch.empty_strided(
+        weight.shape, (c * h * w, 1, w * c, c), dtype=weight.dtype, device=weight.device
+    )
+    with torch.no_grad():
+        weight.normal_(0.0, math.sqrt(2 / incoming))
+        if bias is not None:
+            bias.zero_()
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution and ReLU; with a second map, of the concatenation [x, skip]."""
+
+    bias: nn.Parameter
+
+    def __init__(self, in_channels: int, out_channels: int, padding: str) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=0 if padding == "valid" else 1)
+
+    def reset_parameters(self) -> None:
+        _restart(self.weight, self.bias, 9 * self.in_channels)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.padding != (0, 0):
+            return F.relu(super().forward(x if skip is None else torch.cat([x, skip], 1)))
+        if skip is None:
+            return unet_kernels.conv3x3_relu(x, self.weight, self.bias)
+        return unet_kernels.conv3x3_relu_cat(x, skip, self.weight, self.bias)
+
+
+class Deconv(nn.ConvTranspose2d):
+    """2x2 up-convolution, one tap reaching each output."""
+
+    bias: nn.Parameter
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 2, stride=2)
+
+    def reset_parameters(self) -> None:
+        _restart(self.weight, self.bias, self.in_channels)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return unet_kernels.up_conv(x, self.weight, self.bias, mode="deconv")
+
+
+class Resize(nn.Conv2d):
+    """Doubling by repetition and a 2x2 convolution."""
+
+    bias: nn.Parameter
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 2)
+
+    def reset_parameters(self) -> None:
+        _restart(self.weight, self.bias, 4 * self.in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unet_kernels.up_conv(x, self.weight, self.bias, mode="resize")
+
+
+class Head(nn.Conv2d):
+    """1x1 convolution to one map per class."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def reset_parameters(self) -> None:
+        _restart(self.weight, self.bias, self.in_channels)
+
+
+class Down(nn.Module):
+    """Two convolutions of the contracting path."""
+
+    def __init__(self, in_channels: int, out_channels: int, padding: str, dropout: float) -> None:
+        super().__init__()
+        self.conv1 = Conv3x3(in_channels, out_channels, padding)
+        self.conv2 = Conv3x3(out_channels, out_channels, padding)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x))
+        # both the pool and the skip get the dropped map, as in the release
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class Up(nn.Module):
+    """An up-convolution, the skip beside it, two convolutions."""
+
+    def __init__(self, up: nn.Module, channels: Sequence[int], padding: str, activation: bool, skips: bool) -> None:
+        super().__init__()
+        in_channels, out_channels = channels
+        self.up = up
+        self.conv1 = Conv3x3(in_channels, out_channels, padding)
+        self.conv2 = Conv3x3(out_channels, out_channels, padding)
+        self.activation, self.skips = activation, skips
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.activation:
+            x = F.relu(x)
+        if self.conv1.padding == (0, 0):
+            # the window itself, not the whole skip: what lies outside need not be kept alive
+            skip = _centre(skip, x.shape[2], x.shape[3])
+        else:
+            # an odd level lost its last row (column) to the pool: repeat the edge, invent no zeros
+            x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]), mode="replicate")
+        return self.conv2(self.conv1(x, skip) if self.skips else self.conv1(x))
+
+
+def _centre(skip: Tensor, rows: int, columns: int) -> Tensor:
+    top, left = (skip.shape[2] - rows) // 2, (skip.shape[3] - columns) // 2
+    return skip[:, :, top : top + rows, left : left + columns]
+
+
+class FastUNet(nn.Module):
+    """U-Net of unpadded convolutions: [N, in_channels, H, W] -> logits [N, out_channels, H - 184, W - 184] at depth 4.
+
+    A drop-in nn.Module: torch.optim, autocast, torch.compile, DDP and copy.deepcopy take it as it is. H and W may
+    differ; both must be legal (`unet_fast.geometry.legal_sizes`; 188 + 16 j at depth 4). Weights lie in channels_last
+    memory; their shapes and names are those of nn.Conv2d and nn.ConvTranspose2d, so a state_dict is portable.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: classes.
+        features: channels of each level, from full resolution to the bottom; depth is one less than their number.
+        padding: "valid" (the paper), or "same": zero-padded convolutions, the output has the input's size, any size of
+            at least 2^depth pixels, for training scripts whose criterion expects it. "same" runs on ATen, and tiles of
+            it do not join without seams.
+        up_mode: "deconv" (the authors' release) or "resize" (the paper's wording), see `unet_kernels.up_conv`.
+        up_activation: a ReLU after each up-convolution, as in the release.
+        last_up_channels: channels of the up-convolution to full resolution; None for features[0]. The release has 128.
+        skips: False leaves the skip connections out, the paper's ablation.
+        dropout: probability, on the two deepest levels of the contracting path, before pool and skip.
+
+    Raises:
+        TypeError: a setting has the wrong type.
+        ValueError: a setting is out of range; in `forward`, an input of the wrong shape, or of a size that cannot be
+            pooled (the nearest that can are named).
+
+    >>> FastUNet(features=(4, 8))(torch.zeros(1, 1, 36, 44)).shape
+    torch.Size([1, 2, 20, 28])
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 2,
+        features: Sequence[int] = (64, 128, 256, 512, 1024),
+        *,
+        padding: str = "valid",
+        up_mode: str = "deconv",
+        up_activation: bool = False,
+        last_up_channels: int | None = None,
+        skips: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        features = _expect_features(features)
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            _expect_positive(name, value)
+        if last_up_channels is not None:
+            _expect_positive("last_up_channels", last_up_channels)
+        _expect_choice("padding", padding, ("valid", "same"))
+        _expect_choice("up_mode", up_mode, ("deconv", "resize"))
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a probability, at least 0 and below 1, got {dropout!r}")
+        self.features, self.padding, self.up_mode = features, padding, up_mode
+        self._in_channels, self._out_channels = in_channels, out_channels
+
+        depth = len(features) - 1
+        widths = (in_channels, *features)
+        self.down = nn.ModuleList(
+            Down(widths[level], widths[level + 1], padding, dropout if level >= depth - 1 else 0.0)
+            for level in range(depth + 1)
+        )
+        self.up = nn.ModuleList()
+        for level in range(depth):
+            arriving = last_up_channels if level == 0 and last_up_channels is not None else features[level]
+            up = (Deconv if up_mode == "deconv" else Resize)(features[level + 1], arriving)
+            joined = arriving + features[level] if skips else arriving
+            self.up.append(Up(up, (joined, features[level]), padding, up_activation, skips))
+        self.head = Head(features[0], out_channels)
+
+    @classmethod
+    def paper(cls, in_channels: int = 1, out_channels: int = 2, *, dropout: float = 0.0) -> Self:
+        """The net of the paper's figure 1: 31,030,658 parameters. The paper names dropout, but no rate."""
+        return cls(in_channels, out_channels, dropout=dropout)
+
+    @classmethod
+    def release(cls, in_channels: int = 1, out_channels: int = 2, *, dropout: float = 0.5) -> Self:
+        """The net that the authors published (phseg_v5): 31,100,354 parameters.
+
+        It differs from the figure: ReLU after each up-convolution, 128 channels out of the last one, dropout 0.5.
+        """
+        return cls(in_channels, out_channels, up_activation=True, last_up_channels=128, dropout=dropout)
+
+    @property
+    def depth(self) -> int:
+        """Number of poolings."""
+        return len(self.up)
+
+    @property
+    def in_channels(self) -> int:
+        return self._in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self._out_channels
+
+    @property
+    def n_channels(self) -> int:
+        """`in_channels`, under the name other U-Nets give it."""
+        return self._in_channels
+
+    @property
+    def n_classes(self) -> int:
+        """`out_channels`, under the name other U-Nets give it."""
+        return self._out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of x [N, in_channels, H, W], before any softmax."""
+        self._check(x)
+        skips: list[Tensor] = []
+        for level, down in enumerate(self.down):
+            x = down(F.max_pool2d(x, 2) if level else x)
+            skips.append(x)
+        for level in reversed(range(self.depth)):
+            x = self.up[level](x, skips[level])
+        return self.head(x)
+
+    def _check(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor [N, {self.in_channels}, H, W], got {type(x).__name__}")
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must have shape [N, {self.in_channels}, H, W], got {list(x.shape)}")
+        if not x.is_floating_point():
+            plain = str(x.dtype).removeprefix("torch.")
+            raise TypeError(f"x must be floating, got {plain}; .float() / 255 puts a uint8 image between 0 and 1")
+        for name, size in (("rows of x", x.shape[2]), ("columns of x", x.shape[3])):
+            if self.padding == "valid":
+                geometry.check_legal(size, self.depth, name=name)
+            elif size < geometry.step_multiple(self.depth):
+                smallest = geometry.step_multiple(self.depth)
+                raise ValueError(
+                    f"{name} {size} cannot be pooled {self.depth} times; the smallest for padding 'same' is {smallest}"
+                )
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, features={self.features}, padding={self.padding!r}"
+
+
+def _expect_features(features: Any) -> tuple[int, ...]:
+    try:
+        features = tuple(features)
+    except TypeError:
+        raise TypeError(f"features must be a sequence of channels, one per level, got {features!r}") from None
+    if not features:
+        raise ValueError("features must name the channels of at least one level, got none")
+    for level, channels in enumerate(features):
+        _expect_positive(f"features[{level}]", channels)
+    return features
+
+
+def _expect_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _expect_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
