@@ -90,6 +90,19 @@ def expect_number(name: str, value: object, *, low: float, strictly: bool = Fals
         raise ValueError(f"{name} must be {'above' if strictly else 'at least'} {low:g} and finite, got {value}")
 
 
+def ordinary_on_cpu(tensor: Tensor) -> bool:
+    """Whether this is a plain CPU tensor outside any tracing, where ATen's own autograd may be called directly.
+
+    Dispatching a custom op costs some 80 us forward and backward; ATen's autograd costs 20
+    (docs/findings/0001-cpu-dispatch.md). Fake tensors and torch.compile see the op.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+    )
+
+
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether torch.autocast is on where the tensor lies."""
     kind = tensor.device.type

@@ -43,12 +43,38 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _derivatives(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, y: list[Tensor], needs: list[bool]) -> Any:
+    """(dx, dweight, dbias) of the convolution of x."""
     if ctx.relu:
         # zero where y <= 0, which no NaN satisfies
         dy = torch.ops.aten.threshold_backward(dy, y[0], 0)
+    if x.device.type == "cpu" and needs[1] and _few_pixels(x, weight):
+        dx = _convolution_backward(dy, x, weight, [True, False, False])[0] if needs[0] else None
+        return dx, _weight_gradient(dy, x), dy.sum((0, 2, 3)) if needs[2] else None
+    return _convolution_backward(dy, x, weight, needs)
+
+
+def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
     return torch.ops.aten.convolution_backward(
         dy, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs
     )
+
+
+def _few_pixels(x: Tensor, weight: Tensor) -> bool:
+    """Whether the weight is larger than the map: then ATen spends its time on the weight gradient's memory format."""
+    pixels = x.shape[0] * (x.shape[2] - 2) * (x.shape[3] - 2)
+    return pixels <= weight.shape[0] and weight.numel() >= 1 << 16
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dweight as one product, written in channels_last at once: dY^T [C_out, pixels] times X [pixels, 3, 3, C_in].
+
+    ATen makes it contiguous and then turns it (docs/findings/0002-weight-gradient-layout.md).
+    """
+    n, c_out, height, width = dy.shape
+    seen = x.unfold(2, height, 1).unfold(3, width, 1)  # [N, C_in, 3, 3, H, W]
+    columns = seen.permute(0, 4, 5, 2, 3, 1).reshape(n * height * width, -1)
+    dweight = dy.permute(1, 0, 2, 3).reshape(c_out, -1) @ columns
+    return dweight.view(c_out, 3, 3, -1).permute(0, 3, 1, 2)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,6 +94,20 @@ def _cat_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 _op.register_autograd(_backward, setup_context=_setup)
 _cat_op.register_autograd(_cat_backward, setup_context=_setup)
+
+
+class _OnCPU(torch.autograd.Function):
+    """The op's derivative without the op's dispatch."""
+
+    forward = staticmethod(reference.conv3x3_relu)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+
+
+class _CatOnCPU(torch.autograd.Function):
+    forward = staticmethod(reference.conv3x3_relu_cat)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_cat_backward)
 
 
 def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) -> Tensor:
@@ -99,7 +139,10 @@ def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) 
     x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.expect_like("weight", weight, "x", x)
     _checks.expect_like("bias", bias, "x", x)
-    return _op(x, weight, bias, bool(relu))
+    if not _checks.ordinary_on_cpu(x):
+        return _op(x, weight, bias, bool(relu))
+    # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
+    return _OnCPU.apply(x, weight, bias, relu) if _few_pixels(x, weight) else reference.conv3x3_relu(x, weight, bias, relu)
 
 
 def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) -> Tensor:
@@ -127,7 +170,7 @@ def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, 
     up, skip, weight, bias = _checks.autocast(up, skip, weight, bias)
     for name, value in (("skip", skip), ("weight", weight), ("bias", bias)):
         _checks.expect_like(name, value, "up", up)
-    return _cat_op(up, skip, weight, bias, bool(relu))
+    return (_CatOnCPU.apply if _checks.ordinary_on_cpu(up) else _cat_op)(up, skip, weight, bias, bool(relu))
 
 
 def _expect_parameters(weight: Tensor, bias: Tensor, channels: int, whose: str) -> None:

@@ -143,4 +143,6 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor, *, mode: str) -> Tensor:
     x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.expect_like("weight", weight, "x", x)
     _checks.expect_like("bias", bias, "x", x)
+    if mode == "deconv" and _checks.ordinary_on_cpu(x):
+        return reference.up_conv(x, weight, bias, mode)
     return _op(x, weight, bias, mode)
