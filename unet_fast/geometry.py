@@ -85,8 +85,9 @@ def input_size(n: int, depth: int = 4, *, name: str = "tile_out") -> int:
     step, shrink = step_multiple(depth), 2 * halo(depth)
     if n >= 1 and _is_legal(n + shrink, step):
         return n + shrink
-    below, above = (None if m is None else m - shrink for m in _neighbours(n + shrink, step))
-    raise ValueError(f"{name} {n} does not come out of a net pooled {depth} times; {_nearest(below, above)}")
+    below, above = _neighbours(n + shrink, step)
+    nearest = _nearest(below if below is None else below - shrink, above - shrink)
+    raise ValueError(f"{name} {n} does not come out of a net pooled {depth} times; {nearest}")
 
 
 def legal_sizes(low: int, high: int, depth: int = 4) -> list[int]:

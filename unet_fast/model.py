@@ -20,16 +20,14 @@ from . import geometry
 __all__ = ["FastUNet"]
 
 
-def _restart(weight: nn.Parameter, bias: nn.Parameter | None, incoming: int) -> None:
+def _restart(weight: Tensor, bias: Tensor | None, incoming: int) -> None:
     """He's initialisation, std sqrt(2 / incoming), in channels_last memory; biases 0.
 
     Through `.data`: `.to(memory_format=)` fails under fake tensors. Through explicit strides: with one input channel
     a tensor is contiguous in both formats, and only its strides tell a convolution which one is meant.
     """
     _, c, h, w = weight.shape
-    weight.data = torch.empty_strided(
-        weight.shape, (c * h * w, 1, w * c, c), dtype=weight.dtype, device=weight.device
-    )
+    weight.data = torch.empty_strided(weight.shape, (c * h * w, 1, w * c, c), dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         weight.normal_(0.0, math.sqrt(2 / incoming))
         if bias is not None:
@@ -66,7 +64,7 @@ class Deconv(nn.ConvTranspose2d):
     def reset_parameters(self) -> None:
         _restart(self.weight, self.bias, self.in_channels)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:  # noqa: ARG002 (nn.ConvTranspose2d has it)
         return unet_kernels.up_conv(x, self.weight, self.bias, mode="deconv")
 
 

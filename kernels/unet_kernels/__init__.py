@@ -6,6 +6,8 @@ are put underneath without changing a signature; `lane` says which one an op tak
 """
 
 from ._lanes import OPS, lane
+from ._native import NativeLibraryMissing
+from ._native import describe as native_libraries
 from .border_weight import border_weight, cut_gap, two_nearest_cells
 from .conv3x3_relu import conv3x3_relu, conv3x3_relu_cat
 from .crop_concat import crop_concat
@@ -15,6 +17,7 @@ from .weighted_cross_entropy import head_cross_entropy, weighted_cross_entropy
 
 __all__ = [
     "OPS",
+    "NativeLibraryMissing",
     "border_weight",
     "conv3x3_relu",
     "conv3x3_relu_cat",
@@ -23,6 +26,7 @@ __all__ = [
     "elastic_warp",
     "head_cross_entropy",
     "lane",
+    "native_libraries",
     "two_nearest_cells",
     "up_conv",
     "weighted_cross_entropy",

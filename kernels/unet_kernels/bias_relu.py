@@ -18,7 +18,7 @@ __all__ = ["launch_bias_relu_"]
 
 
 @jit
-def _fwd_kernel(
+def _fwd_kernel(  # type: ignore[no-untyped-def]
     y_ptr, bias_ptr,
     size, C, pixels,
     RELU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,

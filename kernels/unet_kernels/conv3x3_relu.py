@@ -99,14 +99,25 @@ _cat_op.register_autograd(_cat_backward, setup_context=_setup)
 class _OnCPU(torch.autograd.Function):
     """The op's derivative without the op's dispatch."""
 
-    forward = staticmethod(reference.conv3x3_relu)
-    setup_context = staticmethod(_setup)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = reference.conv3x3_relu(*inputs)
+        # called here: autograd's own hook for it binds signatures, which costs more than a small convolution
+        _setup(ctx, inputs, y)
+        return y
+
     backward = staticmethod(_backward)
 
 
 class _CatOnCPU(torch.autograd.Function):
-    forward = staticmethod(reference.conv3x3_relu_cat)
-    setup_context = staticmethod(_setup)
+    """Likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y = reference.conv3x3_relu_cat(*inputs)
+        _setup(ctx, inputs, y)
+        return y
+
     backward = staticmethod(_cat_backward)
 
 
@@ -142,7 +153,9 @@ def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) 
     if not _checks.ordinary_on_cpu(x):
         return _op(x, weight, bias, bool(relu))
     # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
-    return _OnCPU.apply(x, weight, bias, relu) if _few_pixels(x, weight) else reference.conv3x3_relu(x, weight, bias, relu)
+    return (
+        _OnCPU.apply(x, weight, bias, relu) if _few_pixels(x, weight) else reference.conv3x3_relu(x, weight, bias, relu)
+    )
 
 
 def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) -> Tensor:

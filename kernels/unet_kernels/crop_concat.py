@@ -21,7 +21,7 @@ __all__ = ["crop_concat", "launch_crop_concat_fwd"]
 
 
 @jit
-def _fwd_kernel(
+def _fwd_kernel(  # type: ignore[no-untyped-def]
     up_ptr, skip_ptr, y_ptr,
     H, W, C_up, C_skip, top, left,
     stride_un, stride_uc, stride_uh, stride_uw,

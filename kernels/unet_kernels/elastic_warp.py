@@ -75,12 +75,12 @@ def _backward_op(
     order: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sources = [image, displacement, matrix]
+    sources: list[Any] = [image, displacement, matrix]
     wanted = [t.detach().requires_grad_() for t, need in zip(sources, needs, strict=True) if need and t is not None]
     with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
         rest = iter(wanted)
-        image, displacement, matrix = (next(rest) if need else t for t, need in zip(sources, needs, strict=True))
-        out, _ = reference.elastic_warp(image, displacement, None, matrix, lut, out_size, order)
+        leaf = [next(rest) if need else t for t, need in zip(sources, needs, strict=True)]
+        out, _ = reference.elastic_warp(leaf[0], leaf[1], None, leaf[2], lut, out_size, order)
         found = iter(torch.autograd.grad(out, wanted, dout))
     # a gradient nobody asked for has no elements
     gradients = [next(found).contiguous() if need else dout.new_empty(0) for need in needs]

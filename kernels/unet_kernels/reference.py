@@ -159,7 +159,7 @@ def two_nearest_cells(instances: Tensor, max_radius: float | None = None) -> tup
         for near, far in ((slice(dx, width), slice(0, width - dx)), (slice(0, width - dx), slice(dx, width))):
             window = [t[..., near] for t in best]
             for i in (0, 2):
-                improved = _insert(*window, columns[i][..., far], columns[i + 1][..., far] + dx * dx)
+                improved = _insert(window, columns[i][..., far], columns[i + 1][..., far] + dx * dx)
                 for t, new in zip(window, improved, strict=True):
                     t.copy_(new)
                 window = [t[..., near] for t in best]
@@ -183,14 +183,15 @@ def _two_nearest_in_column(instances: Tensor) -> list[Tensor]:
             id1, row1 = torch.where(cell, here, id1), torch.where(cell, row, row1)
             state = [t[:, row] for t in result]
             for ids, met in ((id1, row1), (id2, row2)):
-                state = _insert(*state, ids, torch.where(ids > 0, (met - row) ** 2, _FAR))
+                state = _insert(state, ids, torch.where(ids > 0, (met - row) ** 2, _FAR))
             for t, new in zip(result, state, strict=True):
                 t[:, row] = new
     return result
 
 
-def _insert(id1: Tensor, best1: Tensor, id2: Tensor, best2: Tensor, ids: Tensor, squared: Tensor) -> list[Tensor]:
+def _insert(state: list[Tensor], ids: Tensor, squared: Tensor) -> list[Tensor]:
     """The two nearest distinct ids after one more candidate; an id of 0 is no cell and comes with _FAR."""
+    id1, best1, id2, best2 = state
     squared = torch.where(ids > 0, squared, _FAR)
     same, first = ids == id1, squared < best1
     second = ~same & ~first & (squared < best2)

@@ -31,10 +31,9 @@ def _op(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
         return reference.up_conv(x, weight, bias, mode)
     padded = F.pad(x, (0, 1, 0, 1), mode="replicate")
     height, width = x.shape[-2:]
-    y = None
-    for a, b in PHASES:
-        phase = F.conv2d(_seen(padded, a, b, height, width), _summed(weight, a, b), bias)
-        y = _doubled(phase) if y is None else y
+    phases = [F.conv2d(_seen(padded, a, b, height, width), _summed(weight, a, b), bias) for a, b in PHASES]
+    y = _doubled(phases[0])
+    for (a, b), phase in zip(PHASES, phases, strict=True):
         y[:, :, a::2, b::2] = phase
     return y
 

@@ -8,6 +8,7 @@ makes z, by a 1x1 convolution, and makes it again in the backward instead of kee
 Derivation: docs/mathematics.md, section 4.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,15 +69,9 @@ def _expect_classes(target: Tensor, classes: int, ignore_index: int) -> None:
         )
 
 
-def _logits_gradient(
-    dloss: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    pixel_weight: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-) -> Tensor:
+def _logits_gradient(ctx: Any, dloss: Tensor, logits: Tensor, of_loss: Sequence[Any]) -> Tensor:
+    target, pixel_weight, weight = of_loss
+    ignore_index, reduction = ctx.ignore_index, ctx.reduction
     wide = reference.at_least_float32(logits)
     valid = target != ignore_index
     index = torch.where(valid, target, 0).long().unsqueeze(1)
@@ -96,14 +91,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     dlogits = None
     if ctx.needs_input_grad[0]:
-        dlogits = _logits_gradient(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
+        logits, *of_loss = ctx.saved_tensors
+        dlogits = _logits_gradient(ctx, dloss, logits, of_loss)
     return dlogits, None, None, None, None, None
 
 
 def _head_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, *of_loss = ctx.saved_tensors
     logits = F.conv2d(x, weight, bias)
-    dlogits = _logits_gradient(dloss, logits, *of_loss, ctx.ignore_index, ctx.reduction)
+    dlogits = _logits_gradient(ctx, dloss, logits, of_loss)
     needs = list(ctx.needs_input_grad[:3])
     gradients = torch.ops.aten.convolution_backward(
         dlogits, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs

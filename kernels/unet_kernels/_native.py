@@ -1,0 +1,90 @@
+"""ctypes doors to the native libraries, C++ and CUDA. Both are optional; what is missing says so and how to get it."""
+
+import ctypes
+import os
+import sys
+from functools import cache
+from pathlib import Path
+
+__all__ = ["ABI_VERSION", "NativeLibraryMissing", "cuda", "describe", "native"]
+
+# UNET_ABI_VERSION of kernels/native/include/unet_native.h
+ABI_VERSION = 1
+
+_SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
+
+
+class NativeLibraryMissing(RuntimeError):
+    """A native library is not there, or is not the one this package was made with."""
+
+
+@cache
+def native() -> ctypes.CDLL:
+    """libunet_native (C++, OpenMP).
+
+    Raises:
+        NativeLibraryMissing: it was not built, cannot be loaded, or has another ABI.
+    """
+    library = _load("unet_native", "unet_abi_version")
+    library.unet_build_info.restype = ctypes.c_char_p
+    return library
+
+
+@cache
+def cuda() -> ctypes.CDLL:
+    """libunet_native_cuda.
+
+    Raises:
+        NativeLibraryMissing: it was not built, cannot be loaded, or has another ABI.
+    """
+    library = _load("unet_native_cuda", "unet_cuda_abi_version")
+    library.unet_cuda_build_info.restype = ctypes.c_char_p
+    library.unet_cuda_error_text.restype = ctypes.c_char_p
+    return library
+
+
+def describe() -> dict[str, str]:
+    """What there is of the two libraries, in words: {"native": ..., "native_cuda": ...}."""
+    found = {}
+    try:
+        found["native"] = f"{native().unet_build_info().decode()}, {native().unet_thread_count()} threads"
+    except NativeLibraryMissing as missing:
+        found["native"] = f"missing: {missing}"
+    try:
+        count = ctypes.c_int32()
+        status = cuda().unet_cuda_device_count(ctypes.byref(count))
+        devices = f"{count.value} devices" if status == 0 else cuda().unet_cuda_error_text(status).decode()
+        found["native_cuda"] = f"{cuda().unet_cuda_build_info().decode()}, {devices}"
+    except NativeLibraryMissing as missing:
+        found["native_cuda"] = f"missing: {missing}"
+    return found
+
+
+def _load(name: str, version: str) -> ctypes.CDLL:
+    path = _find(name)
+    try:
+        library = ctypes.CDLL(str(path))
+        found = getattr(library, version)()
+    except (OSError, AttributeError) as error:
+        raise NativeLibraryMissing(f"{path} cannot be used ({error}); `make native` builds it anew") from error
+    if found != ABI_VERSION:
+        raise NativeLibraryMissing(
+            f"{path} has ABI {found}, this package needs {ABI_VERSION}; `make native` builds it anew"
+        )
+    return library
+
+
+def _find(name: str) -> Path:
+    # an editable install spreads the package over the source tree and site-packages: look in all of __path__
+    places = [Path(p) for p in sys.modules[__package__].__path__]
+    pointed = os.environ.get("UNET_NATIVE_LIBRARY")
+    if pointed:
+        places.insert(0, Path(pointed) if Path(pointed).is_dir() else Path(pointed).parent)
+    for place in places:
+        for file in (place / f"lib{name}.{_SUFFIX}", place / f"{name}.{_SUFFIX}"):
+            if file.exists():
+                return file
+    raise NativeLibraryMissing(
+        f"lib{name} was not built (no compiler when this was installed?); install again with one, or run `make native` "
+        "and set UNET_NATIVE_LIBRARY to its folder"
+    )
