@@ -64,48 +64,6 @@ def _expect_finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {int((~value.isfinite()).sum())} NaN or infinite values")
 
 
-@torch.library.custom_op("unet::elastic_warp_backward", mutates_args=())
-def _backward_op(
-    dout: Tensor,
-    image: Tensor,
-    displacement: Tensor,
-    matrix: Tensor | None,
-    lut: Tensor | None,
-    out_size: Sequence[int],
-    order: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    sources: list[Any] = [image, displacement, matrix]
-    wanted = [t.detach().requires_grad_() for t, need in zip(sources, needs, strict=True) if need and t is not None]
-    with torch.enable_grad(), torch.autocast(image.device.type, enabled=False):
-        rest = iter(wanted)
-        leaf = [next(rest) if need else t for t, need in zip(sources, needs, strict=True)]
-        out, _ = reference.elastic_warp(leaf[0], leaf[1], None, leaf[2], lut, out_size, order)
-        found = iter(torch.autograd.grad(out, wanted, dout))
-    # a gradient nobody asked for has no elements
-    gradients = [next(found).contiguous() if need else dout.new_empty(0) for need in needs]
-    return gradients[0], gradients[1], gradients[2]
-
-
-@_backward_op.register_fake
-def _(
-    dout: Tensor,
-    image: Tensor,
-    displacement: Tensor,
-    matrix: Tensor | None,
-    lut: Tensor | None,
-    out_size: Sequence[int],
-    order: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    sources = (image, displacement, matrix)
-    gradients = [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else dout.new_empty(0)
-        for t, need in zip(sources, needs, strict=True)
-    ]
-    return gradients[0], gradients[1], gradients[2]
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     image, displacement, _, matrix, lut, ctx.out_size, ctx.order = inputs
     ctx.save_for_backward(image, displacement, matrix, lut)
@@ -115,10 +73,114 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     image, displacement, matrix, lut = ctx.saved_tensors
     for_image, for_displacement, _labels, for_matrix, *_rest = ctx.needs_input_grad
-    needs = [for_image, for_displacement, for_matrix]
-    gradients = _backward_op(dout, image, displacement, matrix, lut, ctx.out_size, ctx.order, needs)
-    dimage, ddisplacement, dmatrix = (g if need else None for g, need in zip(gradients, needs, strict=True))
+    height, width = image.shape[-2:]
+    q_y, q_x = reference.displaced(image, displacement, ctx.out_size)
+    y, x = reference.transformed(q_y, q_x, matrix, height, width)
+    values = image.to(y.dtype)
+    dout = dout.to(y.dtype)
+    if lut is not None:
+        dout = dout * _lut_slope(reference.sample(values, y, x, ctx.order), lut, image.dtype)
+    dimage = _scattered(dout, values, y, x, ctx.order).to(image.dtype) if for_image else None
+    ddisplacement = dmatrix = None
+    if for_displacement or for_matrix:
+        dy, dx = _position_gradient(dout, values, y, x, ctx.order)
+        if for_matrix:
+            dmatrix = _matrix_gradient(dy, dx, q_y - (height - 1) / 2, q_x - (width - 1) / 2).to(matrix.dtype)
+        if for_displacement:
+            ddisplacement = _grid_gradient(dy, dx, displacement, matrix, ctx.out_size, height, width)
     return dimage, ddisplacement, None, dmatrix, None, None, None
+
+
+def _lut_slope(values: Tensor, lut: Tensor, dtype: torch.dtype) -> Tensor:
+    """d lut(v) / dv; 0 where the table is flat because v is beyond it."""
+    _, left, right = reference.lut_segment(values, lut, dtype)
+    inside = (values >= 0) & (values <= 1)
+    return torch.where(inside, (right - left) * (lut.shape[-1] - 1), 0)
+
+
+def _scattered(dout: Tensor, image: Tensor, y: Tensor, x: Tensor, order: int) -> Tensor:
+    """The transpose of `reference.sample`: every output value handed back to the pixels that it was read from."""
+    n, c, height, width = image.shape
+    y0, x0 = y.floor(), x.floor()
+    dimage = torch.zeros_like(image).flatten(2)
+    for dy, of_row in reference.taps(y - y0, order):
+        row = reference.mirror(y0 + dy, height) * width
+        for dx, of_column in reference.taps(x - x0, order):
+            index = (row + reference.mirror(x0 + dx, width)).flatten(1).unsqueeze(1).expand(n, c, -1)
+            share = dout * (of_row * of_column).unsqueeze(1)
+            dimage = dimage.scatter_add(2, index, share.flatten(2))
+    return dimage.unflatten(2, (height, width))
+
+
+def _position_gradient(dout: Tensor, image: Tensor, y: Tensor, x: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """The loss's derivative by the row and the column that each output pixel reads."""
+    height, width = image.shape[-2:]
+    y0, x0 = y.floor(), x.floor()
+    dy, dx = torch.zeros_like(y), torch.zeros_like(x)
+    rows = zip(reference.taps(y - y0, order), _slopes(y - y0, order), strict=True)
+    columns = list(zip(reference.taps(x - x0, order), _slopes(x - x0, order), strict=True))
+    for (i, of_row), row_slope in rows:
+        row = reference.mirror(y0 + i, height) * width
+        for (j, of_column), column_slope in columns:
+            value = (dout * reference.gather(image, row + reference.mirror(x0 + j, width))).sum(1)
+            dy, dx = dy + value * row_slope * of_column, dx + value * of_row * column_slope
+    return dy, dx
+
+
+def _slopes(f: Tensor, order: int, a: float = -0.75) -> list[Tensor]:
+    """The derivatives of `reference.taps` by f. At a whole pixel linear has two: this is the one to the right."""
+    if order == 1:
+        return [-torch.ones_like(f), torch.ones_like(f)]
+
+    def inner(t: Tensor) -> Tensor:
+        return (3 * (a + 2) * t - 2 * (a + 3)) * t
+
+    def outer(t: Tensor) -> Tensor:
+        return (3 * a * t - 10 * a) * t + 8 * a
+
+    return [outer(1 + f), inner(f), -inner(1 - f), -outer(2 - f)]
+
+
+def _matrix_gradient(dy: Tensor, dx: Tensor, q_y: Tensor, q_x: Tensor) -> Tensor:
+    """[N, 2, 3], of A(q) = M [q_y, q_x, 1]."""
+    factors = (q_y, q_x, torch.ones_like(q_y))
+    return torch.stack([torch.stack([(d * q).sum((1, 2)) for q in factors], 1) for d in (dy, dx)], 1)
+
+
+def _grid_gradient(
+    dy: Tensor,
+    dx: Tensor,
+    displacement: Tensor,
+    matrix: Tensor | None,
+    out_size: Sequence[int],
+    height: int,
+    width: int,
+) -> Tensor:
+    """Back through the affine map, the window and the bicubic interpolation, to the grid."""
+    if matrix is not None:
+        m = matrix.to(dy.dtype)[:, :, :, None, None]
+        dy, dx = m[:, 0, 0] * dy + m[:, 1, 0] * dx, m[:, 0, 1] * dy + m[:, 1, 1] * dx
+    rows, columns = reference.window(out_size, height, width, dy.device)
+    du = torch.stack([dy, dx], 1)
+    du = du.new_zeros((*du.shape[:2], height, du.shape[3])).index_add(2, rows.clamp(0, height - 1), du)
+    du = du.new_zeros((*du.shape[:3], width)).index_add(3, columns.clamp(0, width - 1), du)
+    # in float64, which autocast leaves alone; ATen's own transpose has no shape function for symbolic sizes
+    of_row, of_column = (
+        _bicubic(size, entries, du.device)
+        for size, entries in ((height, displacement.shape[2]), (width, displacement.shape[3]))
+    )
+    return (of_row.T @ du.double() @ of_column).to(displacement.dtype)
+
+
+def _bicubic(size: int, entries: int, device: torch.device) -> Tensor:
+    """[size, entries]: how much each of `size` pixels takes from each of `entries` points laid corner to corner."""
+    position = torch.arange(size, device=device, dtype=torch.float64) * ((entries - 1) / max(size - 1, 1))
+    low = position.floor()
+    share = position.new_zeros((size, entries))
+    for offset, weight in reference.taps(position - low, order=3):
+        point = (low + offset).long().clamp(0, entries - 1).unsqueeze(1)
+        share = share.scatter_add(1, point, weight.unsqueeze(1))
+    return share
 
 
 _op.register_autograd(_backward, setup_context=_setup)

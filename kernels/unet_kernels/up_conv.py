@@ -43,8 +43,8 @@ def _doubled(phase: Tensor) -> Tensor:
     n, c, height, width = phase.shape
     # not `is_contiguous`: with one channel or one pixel both formats are contiguous, and strides say which is meant
     channels_last = phase.stride(1) == 1 and phase.stride(3) == c
-    format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((n, c, 2 * height, 2 * width), dtype=phase.dtype, device=phase.device, memory_format=format)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty((n, c, 2 * height, 2 * width), dtype=phase.dtype, device=phase.device, memory_format=layout)
 
 
 def _seen(padded: Tensor, a: int, b: int, height: int, width: int) -> Tensor:

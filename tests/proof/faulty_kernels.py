@@ -1,0 +1,75 @@
+"""Kernels with one fault each, for `test_catches.py`. They stand apart: a kernel's source must be in a file."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def reads_outside(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # one too far at the end
+    pair = tl.load(x_ptr + i, mask=i < size, other=0.0) + tl.load(x_ptr + i + 1, mask=i < size, other=0.0)
+    tl.store(y_ptr + i, pair, mask=i < size)
+
+
+@triton.jit
+def writes_outside(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < size, other=0.0), mask=i <= size)
+
+
+@triton.jit
+def forgets_the_last(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < size, other=0.0), mask=i < size - 1)
+
+
+@triton.jit
+def changes_its_input(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < size, other=0.0)
+    tl.store(x_ptr + i, x + 1, mask=i < size)
+    tl.store(y_ptr + i, x, mask=i < size)
+
+
+@triton.jit
+def races(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    # a running sum through memory: right only if the programs happen to run in order
+    p = tl.program_id(0)
+    i = p * BLOCK + tl.arange(0, BLOCK)
+    before = tl.load(y_ptr + p * BLOCK - 1, mask=p > 0, other=0.0)
+    x = tl.load(x_ptr + i, mask=i < size, other=0.0)
+    tl.store(y_ptr + i, x + before, mask=i < size)
+
+
+@triton.jit
+def is_right(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < size, other=0.0), mask=i < size)
+
+
+@triton.jit
+def spills(a_ptr, b_ptr, c_ptr, BLOCK: tl.constexpr):
+    # a product whose accumulator alone, 256 x 256 values over 4 warps, is twice the registers there are
+    i, j = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
+    for _ in range(4):
+        a = tl.load(a_ptr + i[:, None] * BLOCK + j[None, :])
+        b = tl.load(b_ptr + i[:, None] * BLOCK + j[None, :])
+        acc = tl.dot(a, b, acc)
+        a_ptr += BLOCK
+    tl.store(c_ptr + i[:, None] * BLOCK + j[None, :], acc)
+
+
+@triton.jit
+def loads_one_by_one(x_ptr, y_ptr, step, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i * step, mask=i < size, other=0.0), mask=i < size)
+
+
+def launch(kernel, x: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    kernel[(triton.cdiv(x.numel(), 16),)](x, y, x.numel(), BLOCK=16)
+    return y
