@@ -39,14 +39,15 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
     if block < up_blocks:
         c = (block * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)  # [BLOCK_C]
         inside = (w < W)[:, None] & (c < C_up)[None, :]
-        source = up_ptr + n * stride_un + h * stride_uh + w[:, None] * stride_uw + c[None, :] * stride_uc
-        tl.store(y_row + c[None, :] * stride_yc, tl.load(source, mask=inside, other=0), mask=inside)
+        up_row = up_ptr + n * stride_un + h * stride_uh + w[:, None] * stride_uw
+        up = tl.load(up_row + c[None, :] * stride_uc, mask=inside, other=0)
+        tl.store(y_row + c[None, :] * stride_yc, up, mask=inside)
     else:
         c = ((block - up_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
         inside = (w < W)[:, None] & (c < C_skip)[None, :]
-        source = skip_ptr + n * stride_sn + (h + top) * stride_sh + (w + left)[:, None] * stride_sw
-        value = tl.load(source + c[None, :] * stride_sc, mask=inside, other=0)
-        tl.store(y_row + (C_up + c)[None, :] * stride_yc, value, mask=inside)
+        skip_row = skip_ptr + n * stride_sn + (h + top) * stride_sh + (w + left)[:, None] * stride_sw
+        skip = tl.load(skip_row + c[None, :] * stride_sc, mask=inside, other=0)
+        tl.store(y_row + (C_up + c)[None, :] * stride_yc, skip, mask=inside)
 
 
 def blocks(C_up: int, C_skip: int, channels_last: bool) -> tuple[int, int]:

@@ -64,5 +64,6 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     """Equal as bytes: NaN equals the same NaN, and -0 is not 0."""
     assert a.shape == b.shape, f"shapes {a.shape}, {b.shape}"
     assert a.dtype == b.dtype, f"dtypes {a.dtype}, {b.dtype}"
-    a, b = (t.contiguous().view(torch.uint8) for t in (a, b))
+    # a copy, because a single value may come with any stride
+    a, b = (t.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b))
     assert torch.equal(a, b), f"{int((a != b).sum())} bytes of {a.numel()} differ"
