@@ -1,0 +1,204 @@
+"""two_nearest_cells, cut_gap, border_weight: exact against one scipy transform per cell; the bugs others published."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt
+from torch import Tensor
+
+import unet_kernels as uk
+
+
+def _by_scipy(instances: np.ndarray) -> np.ndarray:
+    """Squared distances [2, H, W] to the nearest and second-nearest cell, integer-exact; a huge number for none."""
+    ids = np.unique(instances[instances > 0])
+    maps = [np.full(instances.shape, 10**9)] * 2
+    for cell in ids:
+        _, (y, x) = distance_transform_edt(instances != cell, return_indices=True)
+        rows, columns = np.indices(instances.shape)
+        maps.append((rows - y) ** 2 + (columns - x) ** 2)
+    return np.sort(np.stack(maps), axis=0)[:2]
+
+
+@st.composite
+def label_maps(draw: Any) -> np.ndarray:
+    h, w = draw(st.integers(1, 24)), draw(st.integers(1, 24))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    if draw(st.booleans()):
+        # noise: many ids, cells in pieces, gaps in the numbering, ignored pixels
+        return rng.choice([0, 0, 0, -1, 3, 4, 70000, 2**31 - 1][: draw(st.integers(1, 8))], size=(h, w))
+    instances = np.zeros((h, w), np.int64)
+    for cell in range(draw(st.integers(0, 12))):
+        y, x, r = rng.integers(h), rng.integers(w), rng.integers(1, 6)
+        rows, columns = np.indices((h, w))
+        instances[(rows - y) ** 2 + (columns - x) ** 2 < r * r] = cell + 1
+    return instances
+
+
+@given(instances=label_maps())
+def test_distances_are_integer_exact(instances: np.ndarray) -> None:
+    want = _by_scipy(instances)
+    got = np.stack([d[0].double().numpy() for d in uk.two_nearest_cells(torch.from_numpy(instances)[None])])
+    absent = want >= 10**9
+    assert np.array_equal(np.isinf(got), absent)
+    assert np.array_equal(np.rint(got[~absent] ** 2).astype(np.int64), want[~absent])
+    assert np.array_equal(got[~absent].astype(np.float32), np.sqrt(want[~absent]).astype(np.float32))
+
+
+@given(instances=label_maps(), radius=st.floats(0, 12))
+def test_a_radius_only_hides_what_is_further(instances: np.ndarray, radius: float) -> None:
+    labels = torch.from_numpy(instances)[None]
+    for free, bounded in zip(
+        uk.two_nearest_cells(labels), uk.two_nearest_cells(labels, max_radius=radius), strict=True
+    ):
+        assert torch.equal(bounded, torch.where(free.double() ** 2 <= radius**2 + 1e-9, free, torch.inf))
+
+
+@given(instances=label_maps())
+def test_images_of_a_batch_do_not_meet(instances: np.ndarray) -> None:
+    one = torch.from_numpy(instances)[None]
+    both = torch.cat([one, one.flip(2)])
+    for alone, together in zip(uk.two_nearest_cells(one), uk.two_nearest_cells(both), strict=True):
+        assert torch.equal(together[:1], alone)
+        assert torch.equal(together[1:].flip(2), alone)
+
+
+def test_memory_does_not_grow_with_the_number_of_cells() -> None:
+    def allocated(cells: int) -> int:
+        instances = torch.arange(64 * 64).view(1, 64, 64) % (cells + 1)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            uk.two_nearest_cells(instances)
+        now = peak = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                peak = max(peak, now)
+        return peak
+
+    assert allocated(2000) <= 1.1 * allocated(20)
+
+
+def _gap_by_hand(instances: np.ndarray) -> np.ndarray:
+    out = instances.copy()
+    h, w = instances.shape
+    for y in range(h):
+        for x in range(w):
+            for ny, nx in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+                inside = 0 <= ny < h and 0 <= nx < w
+                if inside and instances[y, x] > 0 and 0 < instances[ny, nx] != instances[y, x]:
+                    out[y, x] = 0
+    return out
+
+
+@given(instances=label_maps())
+def test_the_gap_is_where_two_cells_touch(instances: np.ndarray) -> None:
+    got = uk.cut_gap(torch.from_numpy(instances)[None])
+    assert got.dtype == torch.int64
+    assert np.array_equal(got[0].numpy(), _gap_by_hand(instances))
+
+
+@given(instances=label_maps())
+def test_the_gap_commutes_with_mirrors(instances: np.ndarray) -> None:
+    labels = torch.from_numpy(instances)[None]
+    for axes in ((1,), (2,), (1, 2)):
+        assert torch.equal(uk.cut_gap(labels.flip(axes)), uk.cut_gap(labels).flip(axes))
+
+
+@pytest.mark.parametrize("gap", [True, False])
+@pytest.mark.parametrize("region", ["background", "all"])
+@given(instances=label_maps())
+def test_equals_equation_two(instances: np.ndarray, region: str, gap: bool) -> None:
+    w0, sigma, of_background, of_cell = 7.0, 3.0, 0.6, 1.7
+    cut = _gap_by_hand(instances) if gap else instances
+    d1, d2 = np.sqrt(_by_scipy(instances).astype(np.float64))
+    term = np.where(_by_scipy(instances)[1] >= 10**9, 0, w0 * np.exp(-((d1 + d2) ** 2) / (2 * sigma**2)))
+    term = np.where((cut == 0) | (region == "all"), term, 0)
+    want = np.where(instances < 0, 0, np.where(cut == 0, of_background, of_cell) + term)
+    got = uk.border_weight(
+        torch.from_numpy(instances)[None],
+        w0=w0, sigma_px=sigma, class_weight=(of_background, of_cell), region=region, gap=gap,
+    )  # fmt: skip
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got[0].numpy(), want, rtol=1e-6, atol=1e-6)
+
+
+def _two_squares(distance: int) -> Tensor:
+    instances = torch.zeros(1, 12, 16 + distance, dtype=torch.int32)
+    instances[:, 2:10, :8] = 1
+    instances[:, 2:10, 8 + distance :] = 2
+    return instances
+
+
+def test_a_lone_cell_gets_no_halo() -> None:
+    instances = torch.zeros(1, 20, 20, dtype=torch.int32)
+    instances[:, 8:12, 8:12] = 5
+    assert torch.equal(uk.border_weight(instances), torch.ones(1, 20, 20))
+
+
+def test_no_cell_gives_the_background_weight() -> None:
+    weight = uk.border_weight(torch.zeros(1, 5, 5, dtype=torch.int32), class_weight=(0.25, 3.0))
+    assert torch.equal(weight, torch.full((1, 5, 5), 0.25))
+
+
+def test_the_last_cell_counts() -> None:
+    assert uk.border_weight(_two_squares(2))[0, 5, 8] > 5
+
+
+def test_touching_cells_are_not_merged_and_the_gap_is_background() -> None:
+    instances = _two_squares(0)
+    weight, cut = uk.border_weight(instances, class_weight=(0.5, 2.0)), uk.cut_gap(instances)
+    # the gap: d1 = 0 (the uncut cell), d2 = 1
+    assert torch.equal(cut[0, 5, 6:10] > 0, torch.tensor([True, False, False, True]))
+    assert weight[0, 5, 7].item() == pytest.approx(0.5 + 10 * np.exp(-1 / 50))
+    assert weight[0, 5, 6].item() == pytest.approx(2.0)
+
+
+def test_ignored_pixels_weigh_nothing_and_are_no_cell() -> None:
+    instances = _two_squares(4)
+    instances[:, :, 9] = -7
+    weight = uk.border_weight(instances)
+    assert (weight[:, :, 9] == 0).all()
+    assert torch.equal(uk.two_nearest_cells(instances)[0], uk.two_nearest_cells(_two_squares(4))[0])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.uint16, torch.int64, torch.uint32, torch.uint64], ids=str
+)
+def test_any_integer_dtype(dtype: torch.dtype) -> None:
+    instances = _two_squares(1)
+    assert torch.equal(uk.border_weight(instances.to(dtype)), uk.border_weight(instances))
+    assert uk.cut_gap(instances.to(dtype)).dtype == dtype
+
+
+_I = torch.zeros(1, 4, 4, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("instances", "settings", "error", "sentence"),
+    [
+        (_I.float(), {}, TypeError, "instances must be an integer tensor, got float32; ids are whole numbers"),
+        (_I > 0, {}, TypeError, "instances must be an integer tensor, got bool"),
+        (_I[0], {}, ValueError, r"instances must be 3-D \[N, H, W\], got 2-D \[4, 4\]"),
+        (_I.long() + 2**31, {}, ValueError, "instances must hold ids that fit 32 bits, got 2147483648; renumber"),
+        (_I, {"w0": -1.0}, ValueError, "w0 must be at least 0 and finite, got -1.0"),
+        (_I, {"sigma_px": 0.0}, ValueError, "sigma_px must be above 0 and finite, got 0.0"),
+        (_I, {"sigma_px": float("nan")}, ValueError, "sigma_px must be above 0 and finite, got nan"),
+        (_I, {"region": "cells"}, ValueError, "region must be 'background' or 'all', got 'cells'"),
+        (_I, {"class_weight": (1.0,)}, ValueError, r"class_weight must be a pair \(background, cell\), got 1 numbers"),
+        (_I, {"class_weight": (1.0, -2.0)}, ValueError, "class_weight of cell must be at least 0 and finite, got -2.0"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(
+    instances: Tensor, settings: Any, error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        uk.border_weight(instances, **settings)
+
+
+def test_a_negative_radius_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_radius must be at least 0 and finite, got -1"):
+        uk.two_nearest_cells(_I, max_radius=-1)

@@ -1,0 +1,222 @@
+"""elastic_warp: laws that any warp keeps, and an independent numpy twin for the borders and the cubic."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import unet_kernels as uk
+
+ORDERS = (1, 3)
+
+
+def _constant(rows: float, columns: float, n: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.tensor([rows, columns], dtype=dtype).view(1, 2, 1, 1).expand(n, 2, 3, 3).clone()
+
+
+def _keys(t: float, a: float = -0.75) -> float:
+    t = abs(t)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
+
+
+def _weights(position: float, order: int) -> list[tuple[int, float]]:
+    low = int(np.floor(position))
+    if order == 1:
+        return [(low, low + 1 - position), (low + 1, position - low)]
+    return [(low + i, _keys(position - low - i)) for i in (-1, 0, 1, 2)]
+
+
+def _by_numpy(image: np.ndarray, grid: np.ndarray, order: int, size: tuple[int, int], matrix: np.ndarray) -> np.ndarray:
+    """One channel, float64, pixel by pixel, numpy's own "reflect" for the border."""
+    h, w = image.shape
+    gh, gw = grid.shape[1:]
+    pad = 4 * max(h, w) + 8
+    padded = np.pad(image, pad, mode="reflect") if min(h, w) > 1 else np.pad(image, pad, mode="edge")
+    out = np.zeros(size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            p = np.array([i + (h - size[0]) // 2, j + (w - size[1]) // 2])
+            clamped = np.clip(p, 0, [h - 1, w - 1])
+            at = clamped * np.array([(gh - 1) / max(h - 1, 1), (gw - 1) / max(w - 1, 1)])
+            u = np.zeros(2)
+            for r, of_row in _weights(at[0], 3):
+                for s, of_column in _weights(at[1], 3):
+                    u += of_row * of_column * grid[:, np.clip(r, 0, gh - 1), np.clip(s, 0, gw - 1)]
+            centre = np.array([(h - 1) / 2, (w - 1) / 2])
+            q = matrix[:, :2] @ (p + u - centre) + matrix[:, 2] + centre
+            for r, of_row in _weights(q[0], order):
+                for s, of_column in _weights(q[1], order):
+                    out[i, j] += of_row * of_column * padded[r + pad, s + pad]
+    return out
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@given(data=st.data())
+def test_equals_an_independent_numpy_warp(order: int, data: st.DataObject) -> None:
+    h, w = data.draw(st.integers(2, 7)), data.draw(st.integers(2, 7))
+    size = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    image, grid = (
+        rng.normal(size=(h, w)),
+        rng.normal(size=(2, *data.draw(st.tuples(st.integers(2, 4), st.integers(2, 4))))) * 2,
+    )
+    matrix = np.hstack([np.eye(2) + rng.normal(size=(2, 2)) * 0.2, rng.normal(size=(2, 1))])
+    got = uk.elastic_warp(
+        torch.from_numpy(image)[None, None],
+        torch.from_numpy(grid)[None],
+        matrix=torch.from_numpy(matrix)[None],
+        out_size=size,
+        order=order,
+    )
+    np.testing.assert_allclose(got[0, 0].numpy(), _by_numpy(image, grid, order, size, matrix), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.uint16, torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_no_displacement_is_the_identity(dtype: torch.dtype, order: int) -> None:
+    image = (torch.rand(2, 3, 9, 8) * 200).to(dtype)
+    labels = torch.randint(0, 60000, (2, 9, 8)).to(torch.uint16)
+    out, warped = uk.elastic_warp(image, _constant(0, 0, 2), labels=labels, order=order)
+    assert torch.equal(out.double(), image.double())
+    assert torch.equal(warped.int(), labels.int())
+    assert (out.dtype, warped.dtype) == (dtype, torch.uint16)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_whole_shift_reads_where_the_displacement_points(order: int) -> None:
+    image = torch.rand(1, 1, 8, 9, dtype=torch.float64)
+    labels = (image[:, 0] * 100).int()
+    out, warped = uk.elastic_warp(image, _constant(2, -1, dtype=torch.float64), labels=labels, order=order)
+    padded = F.pad(image, (1, 1, 2, 2), mode="reflect")
+    want = padded[:, :, 4 : 4 + 8, 0:9]
+    torch.testing.assert_close(out, want, rtol=0, atol=1e-14)
+    assert torch.equal(warped, (want[:, 0] * 100).int())
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("n", [7, 8])
+def test_a_quarter_turn_and_a_mirror_are_exact(n: int, order: int) -> None:
+    image = torch.rand(1, 2, n, n)
+    turn = torch.tensor([[[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0]]])
+    mirror = torch.tensor([[[1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]])
+    # out(r, c) = image(c, n - 1 - r)
+    turned = uk.elastic_warp(image, _constant(0, 0), matrix=turn, order=order)
+    assert torch.equal(turned, torch.rot90(image, 1, (2, 3)))
+    assert torch.equal(uk.elastic_warp(image, _constant(0, 0), matrix=mirror, order=order), image.flip(3))
+
+
+def test_agrees_with_interpolate_and_grid_sample_inside() -> None:
+    image, grid = torch.rand(1, 1, 40, 50, dtype=torch.float64), torch.randn(1, 2, 3, 3, dtype=torch.float64)
+    u = F.interpolate(grid, size=(40, 50), mode="bicubic", align_corners=True)
+    y = torch.arange(40.0, dtype=torch.float64)[:, None] + u[:, 0]
+    x = torch.arange(50.0, dtype=torch.float64) + u[:, 1]
+    where = torch.stack([x / 49 * 2 - 1, y / 39 * 2 - 1], -1)
+    want = F.grid_sample(image, where, mode="bilinear", padding_mode="reflection", align_corners=True)
+    torch.testing.assert_close(uk.elastic_warp(image, grid), want, rtol=1e-10, atol=1e-10)
+
+
+@given(seed=st.integers(0, 2**32 - 1), size=st.tuples(st.integers(1, 20), st.integers(1, 20)))
+def test_a_window_is_the_middle_of_the_whole_and_invents_no_label(seed: int, size: tuple[int, int]) -> None:
+    random = torch.Generator().manual_seed(seed)
+    image = torch.rand(1, 1, 11, 12, generator=random)
+    labels = torch.randint(0, 9, (1, 11, 12), generator=random) * 7
+    grid = torch.randn(1, 2, 3, 3, generator=random) * 4
+    out, warped = uk.elastic_warp(image, grid, labels=labels, out_size=size)
+    whole, whole_labels = uk.elastic_warp(image, grid, labels=labels, out_size=(31, 32))
+    top, left = (11 - size[0]) // 2 + 10, (12 - size[1]) // 2 + 10
+    inside = (slice(top, top + size[0]), slice(left, left + size[1]))
+    assert torch.equal(out, whole[:, :, *inside])
+    assert torch.equal(warped, whole_labels[:, *inside])
+    assert set(warped.unique().tolist()) <= set(labels.unique().tolist())
+
+
+def test_image_and_labels_stay_aligned() -> None:
+    labels = torch.zeros(1, 40, 40, dtype=torch.int32)
+    labels[:, 10:30, 12:25] = 1
+    out, warped = uk.elastic_warp(labels[:, None].float(), torch.randn(1, 2, 3, 3) * 3, labels=labels)
+    # they may differ where the interpolated edge passes one half between two pixels
+    assert ((warped[:, None] == 1) != (out > 0.5)).float().mean() < 0.01
+
+
+def test_a_table_of_grey_values_is_applied_to_what_was_read() -> None:
+    image = torch.tensor([[[[0, 10, 255, 128]]]], dtype=torch.uint8)
+    inverted = 255 - torch.arange(256.0)
+    assert uk.elastic_warp(image, _constant(0, 0), lut=inverted).tolist() == [[[[255, 245, 0, 127]]]]
+    halves = torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.5, 0.0]])
+    twice = torch.tensor([0.0, 0.25, 1.0, 1.5]).view(1, 1, 1, 4).repeat(2, 1, 1, 1)
+    got = uk.elastic_warp(twice, _constant(0, 0, 2), lut=halves)
+    torch.testing.assert_close(got[:, 0, 0], torch.tensor([[0.0, 0.25, 1.0, 1.0], [1.0, 0.75, 0.0, 0.0]]))
+
+
+def test_integers_are_rounded_and_clamped() -> None:
+    image = torch.tensor([[[[0, 255, 0, 255, 0, 255]]]], dtype=torch.uint8)
+    got = uk.elastic_warp(image, _constant(0, 0.5), order=3)
+    assert got.dtype == torch.uint8
+    edge = torch.tensor([[[[0, 0, 255, 255, 255, 255]]]], dtype=torch.uint8)
+    over = uk.elastic_warp(edge, _constant(0, 0.25), order=3)
+    assert over[0, 0, 0, 2] == 255
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradients_with_a_table_and_a_window(order: int) -> None:
+    image = torch.rand(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    grid = (torch.rand(1, 2, 3, 2, dtype=torch.float64) * 0.3 + 0.2).requires_grad_()
+    matrix = torch.tensor([[[0.9, 0.1, 0.1], [-0.1, 1.1, 0.2]]], dtype=torch.float64, requires_grad=True)
+    lut = torch.tensor([0.0, 3.0], dtype=torch.float64)
+    for size in ((4, 4), (7, 9)):
+        torch.autograd.gradcheck(
+            lambda i, g, m, size=size: uk.elastic_warp(i, g, matrix=m, lut=lut, out_size=size, order=order),
+            (image, grid, matrix),
+        )
+
+
+def test_at_whole_pixels_the_displacements_gradient_is_the_slope_to_the_right() -> None:
+    image = torch.tensor([[[[0.0, 1.0, 4.0]]]])
+    grid = torch.zeros(1, 2, 2, 2, requires_grad=True)
+    out = uk.elastic_warp(image, grid)
+    [slope] = torch.autograd.grad(out[0, 0, 0, 1], grid)
+    assert slope[0, 1].sum().item() == pytest.approx(3.0)
+
+
+def test_nan_in_the_image_stays_near() -> None:
+    image = torch.rand(1, 1, 9, 9)
+    image[0, 0, 4, 4] = torch.nan
+    bad = uk.elastic_warp(image, _constant(0.5, 0.5)).isnan()
+    assert bad.sum() == 4
+
+
+_IMAGE, _GRID = torch.zeros(1, 1, 5, 5), torch.zeros(1, 2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "grid", "settings", "error", "sentence"),
+    [
+        (_IMAGE.int(), _GRID, {}, TypeError, "image must be uint8, uint16 or floating, got int32"),
+        (_IMAGE[0], _GRID, {}, ValueError, r"image must be 4-D \[N, C, H, W\], got 3-D"),
+        (_IMAGE, _GRID[:, :, :1], {}, ValueError, "displacement must be a grid of at least 2x2, got 1x3"),
+        (_IMAGE, _GRID.expand(2, 2, 3, 3), {}, ValueError, r"displacement must have shape \[1, 2, any, any\]"),
+        (_IMAGE, _GRID + torch.nan, {}, ValueError, "displacement must be finite, got 18 NaN or infinite values"),
+        (_IMAGE, _GRID, {"order": 2}, ValueError, "order must be 1 or 3, got 2"),
+        (_IMAGE, _GRID, {"border": "zeros"}, ValueError, "border must be 'reflect', got 'zeros'"),
+        (_IMAGE, _GRID, {"out_size": (0, 4)}, ValueError, r"out_size must be rows and columns of at least 1, got \(0"),
+        (_IMAGE, _GRID, {"labels": torch.zeros(1, 5, 5)}, TypeError, "labels must be an integer tensor, got float32"),
+        (_IMAGE, _GRID, {"labels": torch.zeros(1, 4, 5).int()}, ValueError, r"labels must have shape \[1, 5, 5\]"),
+        (_IMAGE, _GRID, {"matrix": torch.eye(3)[None]}, ValueError, r"matrix must have shape \[1, 2, 3\]"),
+        (_IMAGE, _GRID, {"lut": torch.zeros(1)}, ValueError, "lut must have at least 2 entries, got 1"),
+        (_IMAGE, _GRID, {"lut": torch.zeros(3, 4)}, ValueError, "lut must have one row per image of the batch, 1, got"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_a_sentence(
+    image: Any, grid: Any, settings: Any, error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        uk.elastic_warp(image, grid, **settings)

@@ -1,0 +1,112 @@
+"""up_conv: both readings equal their expressions; the doubled map of "resize" is never made."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import unet_kernels as uk
+from tests.proof.memory import LAYOUTS, awkward
+from tests.proof.yardstick import assert_as_close_as, assert_gradient
+
+MODES = ("deconv", "resize")
+SHAPES = {"one pixel": (1, 2, 1, 1, 3), "odd": (2, 3, 5, 4, 4), "one row": (1, 5, 1, 6, 1), "prime": (1, 7, 3, 3, 11)}
+
+
+def _torchs(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
+    if mode == "deconv":
+        return F.conv_transpose2d(x, weight, bias, stride=2)
+    doubled = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    doubled = torch.cat([doubled, doubled[:, :, -1:]], 2)
+    doubled = torch.cat([doubled, doubled[:, :, :, -1:]], 3)
+    return F.conv2d(doubled, weight, bias)
+
+
+def _made(shape: str, mode: str, dtype: torch.dtype, layout: str, device: Any) -> list[Tensor]:
+    n, c_in, h, w, c_out = SHAPES[shape]
+    channels = (c_in, c_out) if mode == "deconv" else (c_out, c_in)
+    x, weight, bias = torch.randn(n, c_in, h, w), torch.randn(*channels, 2, 2) / (2 * c_in**0.5), torch.randn(c_out)
+    return [awkward(x.to(device, dtype), layout), awkward(weight.to(device, dtype), layout), bias.to(device, dtype)]
+
+
+def _gradients(call: Any, tensors: list[Tensor], dy: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return list(torch.autograd.grad(call(*leaves), leaves, dy.to(leaves[0].dtype)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_as_near_as_torch(mode: str, shape: str, layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    tensors = _made(shape, mode, dtype, layout, device)
+    exact = _torchs(*(t.double() for t in tensors), mode)
+    assert_as_close_as(_torchs(*tensors, mode), uk.up_conv(*tensors, mode=mode), exact)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "window of channels_last"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_are_as_near_as_torchs(mode: str, shape: str, layout: str, device: torch.device) -> None:
+    tensors = _made(shape, mode, torch.float32, layout, device)
+    dy = torch.randn_like(_torchs(*tensors, mode))
+    exact = _gradients(lambda *t: _torchs(*t, mode), [t.double() for t in tensors], dy)
+    torchs = _gradients(lambda *t: _torchs(*t, mode), tensors, dy)
+    ours = _gradients(lambda *t: uk.up_conv(*t, mode=mode), tensors, dy)
+    for a, b, c in zip(torchs, ours, exact, strict=True):
+        assert_gradient(a, b, c)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_strides_are_those_of_the_expression(mode: str, shape: str, layout: str) -> None:
+    from unet_kernels import reference
+
+    tensors = _made(shape, mode, torch.float32, layout, "cpu")
+    assert uk.up_conv(*tensors, mode=mode).stride() == reference.up_conv(*tensors, mode).stride()
+
+
+def test_a_constant_map_stays_constant_at_the_edge() -> None:
+    # zeros invented beyond the edge would show in the last row and column
+    y = uk.up_conv(torch.ones(1, 1, 3, 3), torch.full((1, 1, 2, 2), 0.25), torch.zeros(1), mode="resize")
+    assert torch.equal(y, torch.ones(1, 1, 6, 6))
+
+
+def test_the_doubled_map_is_never_stored() -> None:
+    # large enough that ATen convolves without unfolding the map, which would be as large as doubling it
+    x, weight = torch.zeros(1, 16, 96, 96), torch.zeros(2, 16, 2, 2)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        uk.up_conv(x, weight, torch.zeros(2), mode="resize")
+    largest = max(e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    assert largest < 2 * x.numel() * 4
+
+
+def test_nan_reaches_what_reads_it_and_nothing_else() -> None:
+    x, weight, bias = _made("odd", "resize", torch.float32, "contiguous", "cpu")
+    x[0, 0, 2, 2] = torch.nan
+    assert torch.equal(uk.up_conv(x, weight, bias, mode="resize").isnan(), _torchs(x, weight, bias, "resize").isnan())
+
+
+_X, _W, _B = torch.zeros(1, 2, 5, 5), torch.zeros(2, 3, 2, 2), torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "bias", "mode", "error", "sentence"),
+    [
+        (_X, _W, _B, "bilinear", ValueError, "mode must be 'deconv' or 'resize', got 'bilinear'"),
+        (_X[0], _W, _B, "deconv", ValueError, r"x must be 4-D \[N, C_in, H, W\], got 3-D"),
+        (_X[:, :, :0], _W, _B, "resize", ValueError, "x must have at least one row and one column, got 0x5"),
+        (_X, _W[:1], _B, "deconv", ValueError, r'weight must have shape \[2, any, 2, 2\] for mode "deconv"'),
+        (_X, _W, _B, "resize", ValueError, r'weight must have shape \[any, 2, 2, 2\] for mode "resize"'),
+        (_X, _W, _B[:1], "deconv", ValueError, r"bias must have shape \[3\]"),
+        (_X, _W.double(), _B, "deconv", TypeError, "weight must be float32 like x, got float64"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(
+    x: Any, weight: Any, bias: Any, mode: Any, error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        uk.up_conv(x, weight, bias, mode=mode)
