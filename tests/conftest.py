@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ else:
     # all: what fails here fails on another machine
     settings.register_profile("unet", deadline=None, derandomize=True, max_examples=60)
     settings.load_profile("unet")
+
+# what a test starts finds the package as the test did, installed or not
+ROOT = Path(__file__).parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

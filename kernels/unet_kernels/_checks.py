@@ -10,6 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = [
+    "FLOATS",
+    "INTEGERS",
+    "autocast",
+    "autocast_enabled",
+    "autocast_to_float32",
+    "expect_choice",
+    "expect_cover",
+    "expect_device",
+    "expect_float",
+    "expect_integer",
+    "expect_like",
+    "expect_number",
+    "expect_size",
+    "expect_tensor",
+    "ordinary_on_cpu",
+]
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (
     torch.int32,

@@ -175,3 +175,20 @@ _UP = torch.zeros(1, 2, 5, 5)
 def test_bad_input_is_refused_in_a_sentence(up: Any, skip: Tensor, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         uk.crop_concat(up, skip)
+
+
+@pytest.mark.interpreter
+def test_on_cuda_the_op_takes_the_kernel_and_otherwise_says_why_not(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, launched = _module(), []
+    monkeypatch.setattr(
+        module, "launch_crop_concat_fwd", lambda *maps: launched.append(maps) or launch_crop_concat_fwd(*maps)
+    )
+    up, skip = _maps("odd margins", torch.float32, device)
+    monkeypatch.setattr("unet_kernels._triton.why_not", lambda device, dtype: "")
+    assert_same_bits(module._cuda(up, skip), reference.crop_concat(up, skip))
+    assert len(launched) == 1
+    monkeypatch.setattr("unet_kernels._triton.why_not", lambda device, dtype: "too old")
+    assert_same_bits(module._cuda(up, skip), reference.crop_concat(up, skip))
+    assert len(launched) == 1

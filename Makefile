@@ -1,0 +1,55 @@
+# One verb each. Everything happens in .venv, which the first verb makes.
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+# what torch 2.13 pins; a CPU build of torch brings none
+TRITON ?= triton==3.7.1
+# the oldest Triton we promise, whose interpreter needs an older numpy: a folder put first on the path
+OLD    := .triton36
+RUN    := .venv/bin/python
+STAMP  := .venv/installed
+LINUX  := $(filter Linux,$(shell uname -s))
+
+.PHONY: demo test check bench native
+
+$(STAMP): pyproject.toml CMakeLists.txt kernels/native/CMakeLists.txt $(wildcard kernels/native/src/* kernels/native/include/*)
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q $(TORCH)
+	$(if $(LINUX),$(RUN) -m pip install -q $(TRITON))
+	$(RUN) -m pip install -q -e '.[dev]'
+	touch $@
+
+$(OLD)/installed:
+	$(RUN) -m pip install -q --no-deps --target $(OLD) triton==3.6.0 numpy==2.3.5
+	touch $@
+
+# every test this machine can run, in every lane it has
+test: $(STAMP) $(if $(LINUX),$(OLD)/installed)
+	$(RUN) -m pytest -q -m "not interpreter"
+ifneq ($(LINUX),)
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m interpreter
+	PYTHONPATH=$(OLD) TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "interpreter and not slow"
+	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/proof -m "not interpreter" -k "spill or instruction"
+	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/unet_kernels -m "not interpreter" -k "compiled_code and float16 and channels_last"
+endif
+
+# before every commit; under three minutes
+check: $(STAMP)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	PYTHONPATH=.:kernels .venv/bin/lint-imports
+	$(RUN) -m pytest -q -m "not gpu and not slow and not interpreter"
+
+bench: $(STAMP)
+	$(RUN) -m pytest benchmarks --benchmark-only -q
+
+# the native libraries with warnings as errors, and their own tests; CUDA where there is an nvcc
+native:
+	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DUNET_STRICT=ON
+	cmake --build build/native --parallel 2
+	ctest --test-dir build/native --output-on-failure
+
+# the whole job on a bare machine; so far that is: what there is, and one training loop
+demo: $(STAMP)
+	.venv/bin/unet-fast doctor
+	$(RUN) examples/ordinary_loop.py

@@ -1,0 +1,83 @@
+"""The command line: its frame is light, its data is data, its mistakes are sentences."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "unet_fast", *arguments], capture_output=True, text=True)
+
+
+def test_help_is_quick() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = _run("--help")
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0
+        assert "doctor" in done.stdout
+    # the first run may compile bytecode, and a busy machine may slow one of them
+    assert min(seconds) < 0.4
+
+
+@pytest.mark.parametrize("heavy", ["torch", "triton", "matplotlib", "numpy"])
+def test_the_frame_imports_nothing_heavy(heavy: str) -> None:
+    program = f"import sys, unet_fast.cli; sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_version_is_the_packages() -> None:
+    import unet_fast
+
+    done = _run("--version")
+    assert done.stdout == f"unet-fast {unet_fast.__version__}\n"
+    assert f'version = "{unet_fast.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("arguments", [["docter"], ["doctor", "--jsn"]], ids=["verb", "option"])
+def test_a_wrong_word_is_a_usage_error(arguments: list[str]) -> None:
+    done = _run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert arguments[-1] in done.stderr
+
+
+def test_doctor_prints_data_and_nothing_else() -> None:
+    from unet_kernels import OPS
+
+    done = _run("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["ops"]) == set(OPS)
+    assert all(lanes["cpu"][0] == "torch" and lanes["cpu"][1] for lanes in found["ops"].values())
+    assert found["libraries"]["torch"] != "not installed"
+
+
+def test_doctor_tells_a_reader_what_runs_where() -> None:
+    done = _run("doctor")
+    assert done.returncode == 0, done.stderr
+    for line in ("what each op runs on cpu", "native libraries", "crop_concat", "python"):
+        assert line in done.stdout
+    assert not done.stderr
+
+
+def test_the_package_itself_is_light() -> None:
+    program = (
+        "import sys, unet_fast; assert 'torch' not in sys.modules; unet_fast.FastUNet; assert 'torch' in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    import unet_fast
+
+    assert set(unet_fast.__all__) <= set(dir(unet_fast))
+    with pytest.raises(AttributeError, match="no attribute 'FastNet'"):
+        unet_fast.FastNet

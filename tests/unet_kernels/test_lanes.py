@@ -1,0 +1,55 @@
+"""Which implementation an op takes, and that it says why."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import unet_kernels as uk
+from unet_kernels import _triton
+
+
+@pytest.mark.parametrize("op", uk.OPS)
+def test_every_op_has_a_lane_and_a_reason_on_the_cpu(op: str) -> None:
+    lane, reason = uk.lane(op, torch.device("cpu"))
+    assert lane == "torch"
+    assert "ATen" in reason
+
+
+def test_on_a_gpu_the_lane_is_what_the_op_itself_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert uk.lane("crop_concat", device, torch.float16) == ("triton", "our kernel")
+    assert uk.lane("crop_concat", device, torch.float64) == ("torch", "float64 is left to torch")
+    assert uk.lane("conv3x3_relu", device)[0] == "torch"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert uk.lane("crop_concat", device) == ("torch", "the device is older than sm_75")
+    monkeypatch.setattr(_triton, "MISSING", "triton cannot be imported (No module named 'triton')")
+    assert uk.lane("crop_concat", device)[1].startswith("triton cannot be imported")
+
+
+def test_an_unknown_op_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"op must be one of conv3x3_relu, .*, got 'conv5x5'"):
+        uk.lane("conv5x5", torch.device("cpu"))
+
+
+def test_without_triton_everything_still_works() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None  # as where no wheel of it exists
+import torch, unet_kernels as uk
+from unet_kernels import _triton
+assert _triton.MISSING, "triton was found"
+y = uk.crop_concat(torch.ones(1, 2, 3, 3), torch.ones(1, 2, 5, 5))
+assert y.shape == (1, 4, 3, 3)
+print(_triton.why_not(torch.device("cuda")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "triton cannot be imported" in done.stdout
+
+
+def test_only_public_names_are_exported() -> None:
+    assert set(uk.OPS) <= set(uk.__all__)
+    assert all(hasattr(uk, name) for name in uk.__all__)
