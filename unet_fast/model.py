@@ -126,7 +126,7 @@ class Up(nn.Module):
         if self.conv1.padding == (0, 0):
             # the window itself, not the whole skip: what lies outside need not be kept alive
             skip = _centre(skip, x.shape[2], x.shape[3])
-        else:
+        elif x.shape[2:] != skip.shape[2:]:
             # an odd level lost its last row (column) to the pool: repeat the edge, invent no zeros
             x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]), mode="replicate")
         return self.conv2(self.conv1(x, skip) if self.skips else self.conv1(x))
@@ -187,7 +187,12 @@ class FastUNet(nn.Module):
             _expect_positive("last_up_channels", last_up_channels)
         _expect_choice("padding", padding, ("valid", "same"))
         _expect_choice("up_mode", up_mode, ("deconv", "resize"))
-        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        for name, value in (("up_activation", up_activation), ("skips", skips)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float):
+            raise TypeError(f"dropout must be a number, got {dropout!r}")
+        if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a probability, at least 0 and below 1, got {dropout!r}")
         self.features, self.padding, self.up_mode = features, padding, up_mode
         self._in_channels, self._out_channels = in_channels, out_channels

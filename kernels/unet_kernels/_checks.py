@@ -4,7 +4,8 @@ An error names the argument, what was expected and what came. Nothing here reads
 microseconds, never waits for a GPU, and is traced by torch.compile without a graph break.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ __all__ = [
     "expect_size",
     "expect_tensor",
     "ordinary_on_cpu",
+    "outside_autocast",
+    "transformed",
 ]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -119,6 +122,24 @@ def ordinary_on_cpu(tensor: Tensor) -> bool:
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
     )
+
+
+def transformed() -> bool:
+    """Whether a torch.func transform (grad, vmap, jvp) is at work: it takes ATen's operations apart, not ours."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def outside_autocast(derivative: Callable[..., Any]) -> Callable[..., Any]:
+    """A derivative is computed in the dtypes of its forward, also where backward() is called under autocast."""
+
+    @wraps(derivative)
+    def computed(ctx: Any, dy: Tensor, *rest: Any) -> Any:
+        if not autocast_enabled(dy):
+            return derivative(ctx, dy, *rest)
+        with torch.autocast(dy.device.type, enabled=False):
+            return derivative(ctx, dy, *rest)
+
+    return computed
 
 
 def autocast_enabled(tensor: Tensor) -> bool:

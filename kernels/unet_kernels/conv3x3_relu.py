@@ -77,11 +77,13 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return dweight.view(c_out, 3, 3, -1).permute(0, 3, 1, 2)
 
 
+@_checks.outside_autocast
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *y = ctx.saved_tensors
     return (*_derivatives(ctx, dy, x, weight, y, list(ctx.needs_input_grad[:3])), None)
 
 
+@_checks.outside_autocast
 def _cat_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     up, skip, weight, *y = ctx.saved_tensors
     for_up, for_skip, for_weight, for_bias, _ = ctx.needs_input_grad
@@ -150,6 +152,8 @@ def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) 
     x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.expect_like("weight", weight, "x", x)
     _checks.expect_like("bias", bias, "x", x)
+    if _checks.transformed():
+        return reference.conv3x3_relu(x, weight, bias, relu)
     if not _checks.ordinary_on_cpu(x):
         return _op(x, weight, bias, bool(relu))
     # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
@@ -183,6 +187,8 @@ def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, 
     up, skip, weight, bias = _checks.autocast(up, skip, weight, bias)
     for name, value in (("skip", skip), ("weight", weight), ("bias", bias)):
         _checks.expect_like(name, value, "up", up)
+    if _checks.transformed():
+        return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
     return (_CatOnCPU.apply if _checks.ordinary_on_cpu(up) else _cat_op)(up, skip, weight, bias, bool(relu))
 
 

@@ -122,6 +122,7 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.up_channels, ctx.skip_size = up.shape[1], skip.shape
 
 
+@_checks.outside_autocast
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
     for_up, for_skip = ctx.needs_input_grad
     dup = dy[:, : ctx.up_channels] if for_up else None
@@ -158,4 +159,6 @@ def crop_concat(up: Tensor, skip: Tensor) -> Tensor:
         wider = torch.promote_types(up.dtype, skip.dtype)
         up, skip = up.to(wider), skip.to(wider)
     _checks.expect_like("skip", skip, "up", up)
+    if _checks.transformed() or _checks.ordinary_on_cpu(up):
+        return reference.crop_concat(up, skip)
     return _op(up, skip)

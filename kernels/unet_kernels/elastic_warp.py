@@ -70,6 +70,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.mark_non_differentiable(output[1])
 
 
+@_checks.outside_autocast
 def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     image, displacement, matrix, lut = ctx.saved_tensors
     for_image, for_displacement, _labels, for_matrix, *_rest = ctx.needs_input_grad

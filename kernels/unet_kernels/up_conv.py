@@ -29,6 +29,12 @@ PHASES = ((1, 1), (1, 0), (0, 1), (0, 0))
 def _op(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
     if mode == "deconv":
         return reference.up_conv(x, weight, bias, mode)
+    # autocast would widen the padding to float32
+    with torch.autocast(x.device.type, enabled=False):
+        return _resized(x, weight, bias)
+
+
+def _resized(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     padded = F.pad(x, (0, 1, 0, 1), mode="replicate")
     height, width = x.shape[-2:]
     phases = [F.conv2d(_seen(padded, a, b, height, width), _summed(weight, a, b), bias) for a, b in PHASES]
@@ -70,6 +76,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mode = mode
 
 
+@_checks.outside_autocast
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
@@ -142,6 +149,6 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor, *, mode: str) -> Tensor:
     x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.expect_like("weight", weight, "x", x)
     _checks.expect_like("bias", bias, "x", x)
-    if mode == "deconv" and _checks.ordinary_on_cpu(x):
+    if _checks.transformed() or (mode == "deconv" and _checks.ordinary_on_cpu(x)):
         return reference.up_conv(x, weight, bias, mode)
     return _op(x, weight, bias, mode)

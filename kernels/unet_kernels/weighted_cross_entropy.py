@@ -88,6 +88,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
+@_checks.outside_autocast
 def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     dlogits = None
     if ctx.needs_input_grad[0]:
@@ -96,6 +97,7 @@ def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     return dlogits, None, None, None, None, None
 
 
+@_checks.outside_autocast
 def _head_backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, *of_loss = ctx.saved_tensors
     logits = F.conv2d(x, weight, bias)

@@ -1,0 +1,1 @@
+"""How fast, beside what: `pytest benchmarks --benchmark-only`, and `python -m benchmarks.gpu_report` on a GPU."""
