@@ -5,7 +5,7 @@
 x [N, Ci, H, W], weight [Co, Ci, 3, 3] and y [N, Co, H - 2, W - 2] in any strides; channels_last is the fast one.
 Backward keeps x, weight and y: relu'(z) = [not (y <= 0)], and y is the next layer's input anyway, so the ReLU costs no
 memory. `not (y <= 0)` rather than `y > 0`, so that a NaN in y lets its gradient through as torch does.
-For the concatenation it keeps up and skip and lays them side by side again when it needs them.
+For the concatenation it keeps up and skip, and derives by each of them alone.
 Derivation: docs/mathematics.md, section 2.
 """
 
@@ -42,11 +42,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.relu = relu
 
 
-def _derivatives(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor, y: list[Tensor], needs: list[bool]) -> Any:
+def _masked(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
+    """dy back through the ReLU: zero where y <= 0, which no NaN satisfies."""
+    return torch.ops.aten.threshold_backward(dy, y[0], 0) if ctx.relu else dy
+
+
+def _derivatives(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
     """(dx, dweight, dbias) of the convolution of x."""
-    if ctx.relu:
-        # zero where y <= 0, which no NaN satisfies
-        dy = torch.ops.aten.threshold_backward(dy, y[0], 0)
     if x.device.type == "cpu" and needs[1] and _few_pixels(x, weight):
         dx = _convolution_backward(dy, x, weight, [True, False, False])[0] if needs[0] else None
         return dx, _weight_gradient(dy, x), dy.sum((0, 2, 3)) if needs[2] else None
@@ -62,36 +64,47 @@ def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[boo
 def _few_pixels(x: Tensor, weight: Tensor) -> bool:
     """Whether the weight is larger than the map: then ATen spends its time on the weight gradient's memory format."""
     pixels = x.shape[0] * (x.shape[2] - 2) * (x.shape[3] - 2)
-    return pixels <= weight.shape[0] and weight.numel() >= 1 << 16
+    # the product needs less memory up to twice as many pixels as channels, and no more time up to about as many
+    return 2 * pixels <= 3 * weight.shape[0] and weight.numel() >= 1 << 16
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dweight as one product, written in channels_last at once: dY^T [C_out, pixels] times X [pixels, 3, 3, C_in].
+    """dweight written in channels_last at once: a row of taps is dY^T [C_out, pixels] times X [pixels, 3 C_in].
 
     ATen makes it contiguous and then turns it (docs/findings/0002-weight-gradient-layout.md).
     """
-    n, c_out, height, width = dy.shape
-    seen = x.unfold(2, height, 1).unfold(3, width, 1)  # [N, C_in, 3, 3, H, W]
-    columns = seen.permute(0, 4, 5, 2, 3, 1).reshape(n * height * width, -1)
-    dweight = dy.permute(1, 0, 2, 3).reshape(c_out, -1) @ columns
-    return dweight.view(c_out, 3, 3, -1).permute(0, 3, 1, 2)
+    _, c_out, height, width = dy.shape
+    c_in = x.shape[1]
+    dweight = dy.new_empty((c_out, 3, 3 * c_in))
+    by_channel = dy.permute(1, 0, 2, 3).reshape(c_out, -1)
+    for r in range(3):
+        dweight[:, r] = by_channel @ _windows(x, r, height, width)
+    return dweight.view(c_out, 3, 3, c_in).permute(0, 3, 1, 2)
+
+
+def _windows(x: Tensor, r: int, height: int, width: int) -> Tensor:
+    """[pixels, 3 C_in]: what the taps of row r see."""
+    seen = x[:, :, r : r + height].unfold(3, width, 1)  # [N, C_in, H, 3, W]
+    return seen.permute(0, 2, 4, 3, 1).reshape(x.shape[0] * height * width, -1)
 
 
 @_checks.outside_autocast
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *y = ctx.saved_tensors
-    return (*_derivatives(ctx, dy, x, weight, y, list(ctx.needs_input_grad[:3])), None)
+    return (*_derivatives(_masked(ctx, dy, y), x, weight, list(ctx.needs_input_grad[:3])), None)
 
 
 @_checks.outside_autocast
 def _cat_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     up, skip, weight, *y = ctx.saved_tensors
     for_up, for_skip, for_weight, for_bias, _ = ctx.needs_input_grad
-    x = reference.crop_concat(up, skip)
-    dx, dweight, dbias = _derivatives(ctx, dy, x, weight, y, [for_up or for_skip, for_weight, for_bias])
-    dup = dx[:, : up.shape[1]] if for_up else None
-    dskip = reference.uncrop(dx[:, up.shape[1] :], skip.shape) if for_skip else None
-    return dup, dskip, dweight, dbias, None
+    dy, channels = _masked(ctx, dy, y), up.shape[1]
+    # one map after the other: neither the concatenation nor its gradient is ever made
+    window = reference.crop_to(skip, up.shape[2], up.shape[3])
+    dup, dweight, dbias = _derivatives(dy, up, weight[:, :channels], [for_up, for_weight, for_bias])
+    dwindow, dweight_of_skip, _ = _derivatives(dy, window, weight[:, channels:], [for_skip, for_weight, False])
+    dskip = reference.uncrop(dwindow, skip.shape) if for_skip else None
+    return dup, dskip, torch.cat([dweight, dweight_of_skip], 1) if for_weight else None, dbias, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)

@@ -11,6 +11,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 import unet_kernels as uk
+from tests.proof.allocations import allocated
 
 
 def _by_scipy(instances: np.ndarray) -> np.ndarray:
@@ -68,18 +69,11 @@ def test_images_of_a_batch_do_not_meet(instances: np.ndarray) -> None:
 
 
 def test_memory_does_not_grow_with_the_number_of_cells() -> None:
-    def allocated(cells: int) -> int:
+    def peak(cells: int) -> int:
         instances = torch.arange(64 * 64).view(1, 64, 64) % (cells + 1)
-        with torch.profiler.profile(profile_memory=True) as profile:
-            uk.two_nearest_cells(instances)
-        now = peak = 0
-        for event in profile.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                peak = max(peak, now)
-        return peak
+        return allocated(lambda: uk.two_nearest_cells(instances)).peak
 
-    assert allocated(2000) <= 1.1 * allocated(20)
+    assert peak(2000) <= 1.1 * peak(20)
 
 
 def _gap_by_hand(instances: np.ndarray) -> np.ndarray:
