@@ -2,21 +2,11 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-
-try:
-    from hypothesis import settings
-except ImportError:
-    # the GPU lane runs from the bare tree, without it: files that need it are left out below
-    collect_ignore_glob = NEED_HYPOTHESIS = ["unet_fast/test_geometry.py"]
-else:
-    # the first call of an op takes a second, and two cores are shared: a deadline would be about that. One seed for
-    # all: what fails here fails on another machine
-    settings.register_profile("unet", deadline=None, derandomize=True, max_examples=60)
-    settings.load_profile("unet")
 
 # what a test starts finds the package as the test did, installed or not
 ROOT = Path(__file__).parents[1]
@@ -39,6 +29,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture
+def on_device(device: torch.device) -> Iterator[None]:
+    """What the test makes is made on the device; tensors made when the file was read stay on the CPU."""
+    if device.type == "cpu":
+        yield
+        return
+    with device:
+        yield
 
 
 @pytest.fixture(autouse=True)

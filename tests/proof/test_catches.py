@@ -54,6 +54,8 @@ def test_a_changed_input_is_noticed(x: Tensor) -> None:
 
 @interpreted
 def test_a_race_depends_on_the_order(x: Tensor) -> None:
+    if x.is_cuda:
+        pytest.skip("a GPU runs programs in its own order, which may happen to be the same twice")
     with pytest.raises(AssertionError, match="depends on the order of the programs"):
         assert_order_does_not_matter(lambda: guarded_launch(faulty.launch, faulty.races, x))
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests.proof.properties import given, settings, st
 from unet_fast import geometry
 
 ROOT = Path(__file__).parents[2]

@@ -22,8 +22,8 @@ class Case:
     settings: dict[str, Any]
     differentiable: tuple[str, ...] = ()
 
-    def tensors(self, dtype: torch.dtype = torch.float32, device: Any = "cpu", grad: bool = False) -> dict[str, Tensor]:
-        made = {name: t.to(device) for name, t in self.make(dtype).items()}
+    def tensors(self, dtype: torch.dtype = torch.float32, grad: bool = False) -> dict[str, Tensor]:
+        made = self.make(dtype)
         return {n: t.requires_grad_(True) if grad and n in self.differentiable else t for n, t in made.items()}
 
     def __call__(self, tensors: dict[str, Tensor]) -> Any:

@@ -5,13 +5,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 import unet_kernels as uk
 from tests.proof.allocations import allocated
+from tests.proof.properties import given, st
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+
+def _labels(instances: np.ndarray) -> Tensor:
+    """[1, H, W], where the test makes its tensors."""
+    return torch.from_numpy(instances)[None].to(torch.empty(0).device)
 
 
 def _by_scipy(instances: np.ndarray) -> np.ndarray:
@@ -43,7 +49,7 @@ def label_maps(draw: Any) -> np.ndarray:
 @given(instances=label_maps())
 def test_distances_are_integer_exact(instances: np.ndarray) -> None:
     want = _by_scipy(instances)
-    got = np.stack([d[0].double().numpy() for d in uk.two_nearest_cells(torch.from_numpy(instances)[None])])
+    got = np.stack([d[0].double().cpu().numpy() for d in uk.two_nearest_cells(_labels(instances))])
     absent = want >= 10**9
     assert np.array_equal(np.isinf(got), absent)
     assert np.array_equal(np.rint(got[~absent] ** 2).astype(np.int64), want[~absent])
@@ -52,7 +58,7 @@ def test_distances_are_integer_exact(instances: np.ndarray) -> None:
 
 @given(instances=label_maps(), radius=st.floats(0, 12))
 def test_a_radius_only_hides_what_is_further(instances: np.ndarray, radius: float) -> None:
-    labels = torch.from_numpy(instances)[None]
+    labels = _labels(instances)
     for free, bounded in zip(
         uk.two_nearest_cells(labels), uk.two_nearest_cells(labels, max_radius=radius), strict=True
     ):
@@ -61,7 +67,7 @@ def test_a_radius_only_hides_what_is_further(instances: np.ndarray, radius: floa
 
 @given(instances=label_maps())
 def test_images_of_a_batch_do_not_meet(instances: np.ndarray) -> None:
-    one = torch.from_numpy(instances)[None]
+    one = _labels(instances)
     both = torch.cat([one, one.flip(2)])
     for alone, together in zip(uk.two_nearest_cells(one), uk.two_nearest_cells(both), strict=True):
         assert torch.equal(together[:1], alone)
@@ -90,14 +96,14 @@ def _gap_by_hand(instances: np.ndarray) -> np.ndarray:
 
 @given(instances=label_maps())
 def test_the_gap_is_where_two_cells_touch(instances: np.ndarray) -> None:
-    got = uk.cut_gap(torch.from_numpy(instances)[None])
+    got = uk.cut_gap(_labels(instances))
     assert got.dtype == torch.int64
-    assert np.array_equal(got[0].numpy(), _gap_by_hand(instances))
+    assert np.array_equal(got[0].cpu().numpy(), _gap_by_hand(instances))
 
 
 @given(instances=label_maps())
 def test_the_gap_commutes_with_mirrors(instances: np.ndarray) -> None:
-    labels = torch.from_numpy(instances)[None]
+    labels = _labels(instances)
     for axes in ((1,), (2,), (1, 2)):
         assert torch.equal(uk.cut_gap(labels.flip(axes)), uk.cut_gap(labels).flip(axes))
 
@@ -113,11 +119,11 @@ def test_equals_equation_two(instances: np.ndarray, region: str, gap: bool) -> N
     term = np.where((cut == 0) | (region == "all"), term, 0)
     want = np.where(instances < 0, 0, np.where(cut == 0, of_background, of_cell) + term)
     got = uk.border_weight(
-        torch.from_numpy(instances)[None],
+        _labels(instances),
         w0=w0, sigma_px=sigma, class_weight=(of_background, of_cell), region=region, gap=gap,
     )  # fmt: skip
     assert got.dtype == torch.float32
-    np.testing.assert_allclose(got[0].numpy(), want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(got[0].cpu().numpy(), want, rtol=1e-6, atol=1e-6)
 
 
 def _two_squares(distance: int) -> Tensor:
@@ -146,7 +152,7 @@ def test_touching_cells_are_not_merged_and_the_gap_is_background() -> None:
     instances = _two_squares(0)
     weight, cut = uk.border_weight(instances, class_weight=(0.5, 2.0)), uk.cut_gap(instances)
     # the gap: d1 = 0 (the uncut cell), d2 = 1
-    assert torch.equal(cut[0, 5, 6:10] > 0, torch.tensor([True, False, False, True]))
+    assert (cut[0, 5, 6:10] > 0).tolist() == [True, False, False, True]
     assert weight[0, 5, 7].item() == pytest.approx(0.5 + 10 * np.exp(-1 / 50))
     assert weight[0, 5, 6].item() == pytest.approx(2.0)
 

@@ -11,6 +11,8 @@ from torch.utils import _pytree as pytree
 import unet_kernels as uk
 from tests.unet_kernels.cases import CASES, Case
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 every_op = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 differentiable = {name: case for name, case in CASES.items() if case.differentiable}
 every_differentiable_op = pytest.mark.parametrize("case", differentiable.values(), ids=differentiable.keys())
@@ -166,9 +168,9 @@ def test_fake_and_real_agree_in_shape_dtype_and_strides(case: Case, dtype: torch
 
 @every_differentiable_op
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_gives_one_dtype_real_and_fake(case: Case, dtype: torch.dtype) -> None:
+def test_autocast_gives_one_dtype_real_and_fake(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     tensors = case.tensors(grad=True)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(device.type, dtype=dtype):
         real = _floating(case(tensors))
         with FakeTensorMode() as mode:
             fake = _floating(case({n: mode.from_tensor(t) for n, t in tensors.items()}))

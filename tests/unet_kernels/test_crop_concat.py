@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import unet_kernels as uk
 from tests.proof.memory import LAYOUTS, awkward, guarded_launch
 from tests.proof.order import assert_order_does_not_matter
+from tests.proof.properties import given, st
 from tests.proof.yardstick import assert_same_bits
 from unet_kernels import reference
 from unet_kernels.crop_concat import launch_crop_concat_fwd

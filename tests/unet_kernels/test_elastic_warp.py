@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 import unet_kernels as uk
+from tests.proof.properties import given, st
+
+pytestmark = pytest.mark.usefixtures("on_device")
 
 ORDERS = (1, 3)
 
@@ -69,13 +70,15 @@ def test_equals_an_independent_numpy_warp(order: int, data: st.DataObject) -> No
     )
     matrix = np.hstack([np.eye(2) + rng.normal(size=(2, 2)) * 0.2, rng.normal(size=(2, 1))])
     got = uk.elastic_warp(
-        torch.from_numpy(image)[None, None],
-        torch.from_numpy(grid)[None],
-        matrix=torch.from_numpy(matrix)[None],
+        torch.tensor(image)[None, None],
+        torch.tensor(grid)[None],
+        matrix=torch.tensor(matrix)[None],
         out_size=size,
         order=order,
     )
-    np.testing.assert_allclose(got[0, 0].numpy(), _by_numpy(image, grid, order, size, matrix), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        got[0, 0].cpu().numpy(), _by_numpy(image, grid, order, size, matrix), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -126,10 +129,8 @@ def test_agrees_with_interpolate_and_grid_sample_inside() -> None:
 
 @given(seed=st.integers(0, 2**32 - 1), size=st.tuples(st.integers(1, 20), st.integers(1, 20)))
 def test_a_window_is_the_middle_of_the_whole_and_invents_no_label(seed: int, size: tuple[int, int]) -> None:
-    random = torch.Generator().manual_seed(seed)
-    image = torch.rand(1, 1, 11, 12, generator=random)
-    labels = torch.randint(0, 9, (1, 11, 12), generator=random) * 7
-    grid = torch.randn(1, 2, 3, 3, generator=random) * 4
+    torch.manual_seed(seed)
+    image, labels, grid = torch.rand(1, 1, 11, 12), torch.randint(0, 9, (1, 11, 12)) * 7, torch.randn(1, 2, 3, 3) * 4
     out, warped = uk.elastic_warp(image, grid, labels=labels, out_size=size)
     whole, whole_labels = uk.elastic_warp(image, grid, labels=labels, out_size=(31, 32))
     top, left = (11 - size[0]) // 2 + 10, (12 - size[1]) // 2 + 10

@@ -11,6 +11,8 @@ from torch import Tensor
 import unet_kernels as uk
 from tests.proof.yardstick import assert_gradient
 
+pytestmark = pytest.mark.usefixtures("on_device")
+
 REDUCTIONS = ("none", "sum", "mean")
 
 
