@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["INTERPRETED", "MISSING", "jit", "on_device", "tl", "triton", "why_not"]
+__all__ = ["MISSING", "jit", "on_device", "tl", "triton", "why_not"]
 
 try:
     import triton
@@ -17,8 +17,6 @@ try:
 
     jit: Any = triton.jit
     MISSING = ""
-    # read once, as Triton does: the decorator decides when a kernel's module is imported
-    INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError as error:
 
     class _Absent:
@@ -31,7 +29,6 @@ except ImportError as error:
         return fn
 
     MISSING = f"triton cannot be imported ({error})"
-    INTERPRETED = False
 
 
 def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str:

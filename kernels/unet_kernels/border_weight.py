@@ -137,11 +137,11 @@ def border_weight(
     _checks.expect_choice("region", region, REGIONS)
     balance = None
     if class_weight is not None:
-        balance = [float(c) for c in class_weight]
-        if len(balance) != 2:
-            raise ValueError(f"class_weight must be a pair (background, cell), got {len(balance)} numbers")
-        for part, c in zip(("background", "cell"), balance, strict=True):
+        if not isinstance(class_weight, Sequence) or isinstance(class_weight, str) or len(class_weight) != 2:
+            raise ValueError(f"class_weight must be a pair (background, cell), got {class_weight!r}")
+        for part, c in zip(("background", "cell"), class_weight, strict=True):
             _checks.expect_number(f"class_weight of {part}", c, low=0)
+        balance = [float(c) for c in class_weight]
     return _border_weight_op(_ids(instances), float(w0), float(sigma_px), balance, region, bool(gap))
 
 

@@ -86,8 +86,7 @@ def weighted_cross_entropy(
     logits [N, K, H, W], target [N, H, W], pixel_weight [N, H, W], weight [K] -> a scalar, or [N, H, W] for "none".
     """
     logits = at_least_float32(logits)
-    valid = target != ignore_index
-    index = torch.where(valid, target, 0).long().unsqueeze(1)
+    valid, index = chosen(target, ignore_index)
     loss = -F.log_softmax(logits, dim=1).gather(1, index).squeeze(1)
     class_factor, factor = pixel_factors(logits, index, valid, pixel_weight, weight)
     loss = torch.where(valid, loss * factor, 0)
@@ -96,6 +95,14 @@ def weighted_cross_entropy(
     if reduction == "sum":
         return loss.sum()
     return over(loss.sum(), (class_factor if reduction == "mean" else factor).sum())
+
+
+def chosen(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """(which pixels count [N, H, W], the class of each [N, 1, H, W], 0 where it does not count)."""
+    # wide before it is compared: to a uint8 map, -100 is 156
+    target = target.long()
+    valid = target != ignore_index
+    return valid, torch.where(valid, target, 0).unsqueeze(1)
 
 
 def pixel_factors(

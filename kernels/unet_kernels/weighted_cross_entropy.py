@@ -60,7 +60,7 @@ def _expect_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     # on a GPU this would wait for it; there the gather's own device assertion speaks
     if target.device.type != "cpu" or target.numel() == 0:
         return
-    low, high = torch.where(target == ignore_index, 0, target).aminmax()
+    low, high = reference.chosen(target, ignore_index)[1].aminmax()
     if low < 0 or high >= classes:
         wrong = int(low if low < 0 else high)
         raise ValueError(
@@ -73,8 +73,7 @@ def _logits_gradient(ctx: Any, dloss: Tensor, logits: Tensor, of_loss: Sequence[
     target, pixel_weight, weight = of_loss
     ignore_index, reduction = ctx.ignore_index, ctx.reduction
     wide = reference.at_least_float32(logits)
-    valid = target != ignore_index
-    index = torch.where(valid, target, 0).long().unsqueeze(1)
+    valid, index = reference.chosen(target, ignore_index)
     class_factor, share = reference.pixel_factors(wide, index, valid, pixel_weight, weight)
     if reduction in ("mean", "weighted_mean"):
         share = reference.over(share, (class_factor if reduction == "mean" else share).sum())

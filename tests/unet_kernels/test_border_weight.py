@@ -188,7 +188,8 @@ _I = torch.zeros(1, 4, 4, dtype=torch.int32)
         (_I, {"sigma_px": 0.0}, ValueError, "sigma_px must be above 0 and finite, got 0.0"),
         (_I, {"sigma_px": float("nan")}, ValueError, "sigma_px must be above 0 and finite, got nan"),
         (_I, {"region": "cells"}, ValueError, "region must be 'background' or 'all', got 'cells'"),
-        (_I, {"class_weight": (1.0,)}, ValueError, r"class_weight must be a pair \(background, cell\), got 1 numbers"),
+        (_I, {"class_weight": (1.0,)}, ValueError, r"class_weight must be a pair \(background, cell\), got \(1.0,\)"),
+        (_I, {"class_weight": 2.0}, ValueError, r"class_weight must be a pair \(background, cell\), got 2.0"),
         (_I, {"class_weight": (1.0, -2.0)}, ValueError, "class_weight of cell must be at least 0 and finite, got -2.0"),
     ],
 )

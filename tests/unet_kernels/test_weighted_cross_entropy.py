@@ -136,6 +136,13 @@ def test_any_integer_dtype_is_a_target(dtype: torch.dtype) -> None:
     assert torch.equal(uk.weighted_cross_entropy(logits, target.to(dtype)), want)
 
 
+def test_class_156_of_a_uint8_map_is_not_minus_100() -> None:
+    logits = torch.randn(1, 200, 2, 2)
+    target = torch.full((1, 2, 2), 156)
+    want = F.cross_entropy(logits, target)
+    torch.testing.assert_close(uk.weighted_cross_entropy(logits, target.to(torch.uint8)), want)
+
+
 @pytest.mark.parametrize("reduction", [*REDUCTIONS, "weighted_mean"])
 def test_the_head_equals_its_two_steps(reduction: str) -> None:
     _, target = _maps()
