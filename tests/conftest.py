@@ -1,4 +1,4 @@
-"""What every test has: a device, a seed, poisoned memory where kernels run, and a reason beside every skip."""
+"""What every test has: a device, a seed, and a reason beside every skip."""
 
 import os
 import subprocess
@@ -44,11 +44,6 @@ def on_device(device: torch.device) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(20150518)
-
-
-@pytest.fixture
-def random(device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(20150518)
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,16 @@ Triton exists for Linux only, and a lab's Windows laptop must still import the p
 plain function, which nobody launches, and `MISSING` says why.
 """
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-__all__ = ["MISSING", "jit", "on_device", "tl", "triton", "why_not"]
+__all__ = ["INTERPRETED", "MISSING", "jit", "on_device", "tl", "triton", "why_not"]
+
+# read when this is imported, as Triton does when a kernel is decorated
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 try:
     import triton
