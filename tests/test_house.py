@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted([*ROOT.glob("unet_fast/**/*.py"), *ROOT.glob("kernels/unet_kernels/*.py")])
-OPS = [
-    p for p in SOURCES if p.parent.name == "unet_kernels" and not p.name.startswith("_") and p.name != "reference.py"
-]
+SOURCES = sorted([*ROOT.glob("unet_fast/**/*.py"), *ROOT.glob("kernels/unet_kernels/**/*.py")])
+OPS = [p for p in SOURCES if p.parent.name == "unet_kernels" and not p.name.startswith("_")]
 
 
 def test_kernels_is_a_source_root_and_no_package() -> None:

@@ -1,0 +1,39 @@
+"""Every op in plain PyTorch: the specification, and the CPU implementation.
+
+Written to be read beside docs/mathematics.md, differentiable by autograd wherever a derivative exists, right for any
+floating dtype (float64 included), any strides and any device. No function here checks its arguments: the public doors
+do. Symbols: N batch, C channels, K classes, H rows, W columns; rows always come first.
+"""
+
+from .border import border_radius, border_weight, cut_gap, two_nearest_cells
+from .convolution import conv3x3_relu, conv3x3_relu_cat, crop_concat, crop_to, uncrop, up_conv
+from .loss import at_least_float32, chosen, head_cross_entropy, over, pixel_factors, weighted_cross_entropy
+from .warp import displaced, elastic_warp, gather, lut_segment, mirror, sample, taps, transformed, window
+
+__all__ = [
+    "at_least_float32",
+    "border_radius",
+    "border_weight",
+    "chosen",
+    "conv3x3_relu",
+    "conv3x3_relu_cat",
+    "crop_concat",
+    "crop_to",
+    "cut_gap",
+    "displaced",
+    "elastic_warp",
+    "gather",
+    "head_cross_entropy",
+    "lut_segment",
+    "mirror",
+    "over",
+    "pixel_factors",
+    "sample",
+    "taps",
+    "transformed",
+    "two_nearest_cells",
+    "uncrop",
+    "up_conv",
+    "weighted_cross_entropy",
+    "window",
+]
