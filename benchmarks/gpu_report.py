@@ -9,6 +9,7 @@ fails is recorded and the run goes on. Exit codes: 0 all went well, 1 a section 
 
 import argparse
 import gc
+import signal
 import sys
 import time
 import traceback
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no CUDA device here; --device cpu --smoke tries the script.", file=sys.stderr)
         return 2
+    # a polite kill ends what the sections started, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     device = torch.device(chosen.device)
     if device.type == "cuda":
         # the baseline at its best: cuDNN picks its algorithm by trying

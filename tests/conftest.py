@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="belongs to the lane without TRITON_INTERPRET"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def float32_means_float32() -> None:
+    # cuDNN's default, tf32, keeps ten bits of it
+    torch.backends.cudnn.allow_tf32 = False
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))

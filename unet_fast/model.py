@@ -1,8 +1,8 @@
 """FastUNet: the U-Net of Ronneberger, Fischer and Brox (MICCAI 2015) on the ops of `unet_kernels`.
 
 Level 0 is full resolution, level `depth` the bottom; `down[level]` is the contracting path, `up[level]` the expanding
-one. The layers are nn.Conv2d and nn.ConvTranspose2d with another forward, so that hooks, initialisers, FLOP counters
-and state_dicts that know those know these.
+one. The layers are nn.Conv2d and nn.ConvTranspose2d with another forward, so that hooks, initialisers and
+state_dicts that know those know these.
 """
 
 import math
@@ -181,10 +181,10 @@ class FastUNet(nn.Module):
     ) -> None:
         super().__init__()
         features = _expect_features(features)
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-            _expect_positive(name, value)
+        in_channels = _expect_positive("in_channels", in_channels)
+        out_channels = _expect_positive("out_channels", out_channels)
         if last_up_channels is not None:
-            _expect_positive("last_up_channels", last_up_channels)
+            last_up_channels = _expect_positive("last_up_channels", last_up_channels)
         _expect_choice("padding", padding, ("valid", "same"))
         _expect_choice("up_mode", up_mode, ("deconv", "resize"))
         for name, value in (("up_activation", up_activation), ("skips", skips)):
@@ -266,6 +266,7 @@ class FastUNet(nn.Module):
         if not x.is_floating_point():
             plain = str(x.dtype).removeprefix("torch.")
             raise TypeError(f"x must be floating, got {plain}; .float() / 255 puts a uint8 image between 0 and 1")
+        self._check_against_parameters(x)
         for name, size in (("rows of x", x.shape[2]), ("columns of x", x.shape[3])):
             if self.padding == "valid":
                 geometry.check_legal(size, self.depth, name=name)
@@ -274,6 +275,17 @@ class FastUNet(nn.Module):
                 raise ValueError(
                     f"{name} {size} cannot be pooled {self.depth} times; the smallest for padding 'same' is {smallest}"
                 )
+
+    def _check_against_parameters(self, x: Tensor) -> None:
+        first = next(self.parameters(), None)
+        if first is None:
+            return
+        if x.device != first.device:
+            raise ValueError(f"x must be on {first.device} like the net's parameters, got {x.device}")
+        kind = x.device.type
+        if x.dtype != first.dtype and (kind == "meta" or not torch.is_autocast_enabled(kind)):
+            want, came = (str(dtype).removeprefix("torch.") for dtype in (first.dtype, x.dtype))
+            raise TypeError(f"x must be {want} like the net's parameters, got {came}; net.to(x.dtype) changes the net")
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, features={self.features}, padding={self.padding!r}"
@@ -286,16 +298,16 @@ def _expect_features(features: Any) -> tuple[int, ...]:
         raise TypeError(f"features must be a sequence of channels, one per level, got {features!r}") from None
     if not features:
         raise ValueError("features must name the channels of at least one level, got none")
-    for level, channels in enumerate(features):
-        _expect_positive(f"features[{level}]", channels)
-    return features
+    return tuple(_expect_positive(f"features[{level}]", channels) for level, channels in enumerate(features))
 
 
-def _expect_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _expect_positive(name: str, value: Any) -> int:
+    """A whole number of at least 1, Python's or numpy's, as an int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return int(value)
 
 
 def _expect_choice(name: str, value: Any, choices: Sequence[str]) -> None:

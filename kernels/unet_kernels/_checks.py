@@ -4,8 +4,10 @@ An error names the argument, what was expected and what came. Nothing here reads
 microseconds, never waits for a GPU, and is traced by torch.compile without a graph break.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import wraps
+from numbers import Real
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ __all__ = [
     "expect_number",
     "expect_size",
     "expect_tensor",
+    "expect_whole",
     "ordinary_on_cpu",
     "outside_autocast",
     "transformed",
@@ -97,18 +100,34 @@ def expect_cover(up: Tensor, skip: Tensor) -> None:
 
 
 def expect_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    if value not in choices or isinstance(value, bool):
+    """`value` is one of `choices`, in type too: 1.0 and True are not 1."""
+    if not any(type(value) is type(c) and value == c for c in choices):
         listed = " or ".join(repr(c) for c in choices)
         raise ValueError(f"{name} must be {listed}, got {value!r}")
 
 
-def expect_number(name: str, value: object, *, low: float, strictly: bool = False) -> None:
-    """`value` is a finite real number, at least (or, strictly, above) `low`."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def expect_number(name: str, value: object, *, low: float, strictly: bool = False) -> float:
+    """`value` is a finite real number, at least (or, strictly, above) `low`; returned as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     # written so that NaN fails too
-    if not (low < value < float("inf") if strictly else low <= value < float("inf")):
+    if not (low < number < math.inf if strictly else low <= number < math.inf):
         raise ValueError(f"{name} must be {'above' if strictly else 'at least'} {low:g} and finite, got {value}")
+    return number
+
+
+def expect_whole(name: str, value: Any) -> int:
+    """`value` is a whole number that fits 64 bits, Python's or numpy's; returned as an int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    whole = int(value.__index__())
+    if not -(2**63) <= whole < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got {whole}")
+    return whole
 
 
 def ordinary_on_cpu(tensor: Tensor) -> bool:
@@ -129,15 +148,19 @@ def transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def outside_autocast(derivative: Callable[..., Any]) -> Callable[..., Any]:
-    """A derivative is computed in the dtypes of its forward, also where backward() is called under autocast."""
+def outside_autocast(computation: Callable[..., Any]) -> Callable[..., Any]:
+    """An op and its derivative compute in the dtypes they are given, whatever autocast says where they are called.
 
-    @wraps(derivative)
-    def computed(ctx: Any, dy: Tensor, *rest: Any) -> Any:
-        if not autocast_enabled(dy):
-            return derivative(ctx, dy, *rest)
-        with torch.autocast(dy.device.type, enabled=False):
-            return derivative(ctx, dy, *rest)
+    The doors cast; what lies behind them does not, so that forward and backward cannot disagree.
+    """
+
+    @wraps(computation)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        tensor = next(a for a in args if isinstance(a, Tensor))
+        if not autocast_enabled(tensor):
+            return computation(*args, **kwargs)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return computation(*args, **kwargs)
 
     return computed
 
@@ -167,7 +190,7 @@ def _plain(dtype: torch.dtype) -> str:
 
 def _hint(dtype: torch.dtype, kind: str) -> str:
     if kind == "an integer tensor" and dtype == torch.bool:
-        return "; .to(torch.int32) makes one cell of all that is True"
+        return "; label its components first, or .to(torch.int32) if all that is True is one cell"
     if kind == "an integer tensor" and dtype.is_floating_point:
         return "; ids are whole numbers, .to(torch.int32) if these are"
     if kind.startswith("floating") and not dtype.is_floating_point:

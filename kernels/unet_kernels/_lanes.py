@@ -25,7 +25,7 @@ OPS = (
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {"crop_concat": _triton.why_not}
 
 
-def lane(op: str, device: torch.device, dtype: torch.dtype | None = None) -> tuple[str, str]:
+def lane(op: str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[str, str]:
     """("triton" or "torch", the reason in a few words) for an op of `OPS`.
 
     Raises:
@@ -33,6 +33,7 @@ def lane(op: str, device: torch.device, dtype: torch.dtype | None = None) -> tup
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    device = torch.device(device)
     if device.type != "cuda":
         return "torch", f"ATen, the reference; {device.type} has no kernel of ours yet"
     if op not in _KERNELS:

@@ -21,7 +21,8 @@ REGIONS = ("background", "all")
 
 @torch.library.custom_op("unet::two_nearest_cells", mutates_args=())
 def _two_nearest_op(instances: Tensor, max_radius: float | None) -> tuple[Tensor, Tensor]:
-    return reference.two_nearest_cells(instances, max_radius)
+    d1, d2 = reference.two_nearest_cells(instances, max_radius)
+    return d1.contiguous(), d2.contiguous()
 
 
 @_two_nearest_op.register_fake
@@ -74,7 +75,7 @@ def two_nearest_cells(instances: Tensor, *, max_radius: float | None = None) -> 
     ([[[0.0, 1.0, 1.0, 0.0]]], [[[3.0, 2.0, 2.0, 3.0]]])
     """
     if max_radius is not None:
-        _checks.expect_number("max_radius", max_radius, low=0)
+        max_radius = _checks.expect_number("max_radius", max_radius, low=0)
     d1, d2 = _two_nearest_op(_ids(instances), max_radius)
     return d1, d2
 
@@ -132,34 +133,37 @@ def border_weight(
     >>> border_weight(torch.tensor([[[1, 0, 2]]]))[0, 0].tolist()  # 1 + 10 exp(-(1 + 1)^2 / 50) in the middle
     [1.0, 10.231163024902344, 1.0]
     """
-    _checks.expect_number("w0", w0, low=0)
-    _checks.expect_number("sigma_px", sigma_px, low=0, strictly=True)
+    w0 = _checks.expect_number("w0", w0, low=0)
+    sigma_px = _checks.expect_number("sigma_px", sigma_px, low=0, strictly=True)
     _checks.expect_choice("region", region, REGIONS)
     balance = None
     if class_weight is not None:
         if not isinstance(class_weight, Sequence) or isinstance(class_weight, str) or len(class_weight) != 2:
             raise ValueError(f"class_weight must be a pair (background, cell), got {class_weight!r}")
-        for part, c in zip(("background", "cell"), class_weight, strict=True):
-            _checks.expect_number(f"class_weight of {part}", c, low=0)
-        balance = [float(c) for c in class_weight]
-    return _border_weight_op(_ids(instances), float(w0), float(sigma_px), balance, region, bool(gap))
+        parts = zip(("background", "cell"), class_weight, strict=True)
+        balance = [_checks.expect_number(f"class_weight of {part}", c, low=0) for part, c in parts]
+    return _border_weight_op(_ids(instances), w0, sigma_px, balance, region, bool(gap))
 
 
 @torch.library.custom_op("unet::instance_ids", mutates_args=())
 def _ids_op(instances: Tensor) -> Tensor:
-    if instances.device.type == "cpu" and instances.numel():
+    # a captured graph cannot wait for an answer; what it replays was checked when it was warmed up
+    capturing = instances.is_cuda and torch.cuda.is_current_stream_capturing()
+    if instances.numel() and not capturing:
         limits = torch.iinfo(torch.int32)
-        # uint64 and uint32 have no comparison in torch; numpy's does not copy
-        low, high = int(instances.numpy().min()), int(instances.numpy().max())
+        low, high = (int(extreme) for extreme in instances.long().aminmax())
+        if instances.dtype == torch.uint64 and low < 0:
+            # beyond int64: torch has no larger integers to look with
+            high = int(instances.cpu().numpy().max())
         if low < limits.min or high > limits.max:
-            wrong = low if low < limits.min else high
+            wrong = high if high > limits.max else low
             raise ValueError(f"instances must hold ids that fit 32 bits, got {wrong}; renumber them from 1")
-    return instances.to(torch.int32)
+    return instances.to(torch.int32, copy=True)
 
 
 @_ids_op.register_fake
 def _(instances: Tensor) -> Tensor:
-    return instances.to(torch.int32)
+    return instances.to(torch.int32, copy=True)
 
 
 def _ids(instances: Tensor) -> Tensor:

@@ -20,20 +20,22 @@ __all__ = ["conv3x3_relu", "conv3x3_relu_cat"]
 
 
 @torch.library.custom_op("unet::conv3x3_relu", mutates_args=())
+@_checks.outside_autocast
 def _op(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     return reference.conv3x3_relu(x, weight, bias, relu)
 
 
 # a fake whose body is the ATen composite gets the strides right
-_op.register_fake(reference.conv3x3_relu)
+_op.register_fake(_checks.outside_autocast(reference.conv3x3_relu))
 
 
 @torch.library.custom_op("unet::conv3x3_relu_cat", mutates_args=())
+@_checks.outside_autocast
 def _cat_op(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
 
 
-_cat_op.register_fake(reference.conv3x3_relu_cat)
+_cat_op.register_fake(_checks.outside_autocast(reference.conv3x3_relu_cat))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -62,10 +64,14 @@ def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[boo
 
 
 def _few_pixels(x: Tensor, weight: Tensor) -> bool:
-    """Whether the weight is larger than the map: then ATen spends its time on the weight gradient's memory format."""
+    """Whether the weight is so much larger than the map that ATen's weight gradient costs more than a product.
+
+    ATen needs three copies of it, the product fewer up to twice as many pixels as channels; in time the product wins
+    on few pixels, and otherwise loses little where the weight is small (docs/findings/0002-weight-gradient-layout.md).
+    """
     pixels = x.shape[0] * (x.shape[2] - 2) * (x.shape[3] - 2)
-    # the product needs less memory up to twice as many pixels as channels, and no more time up to about as many
-    return 2 * pixels <= 3 * weight.shape[0] and weight.numel() >= 1 << 16
+    size = weight.numel()
+    return 0 < 2 * pixels <= 3 * weight.shape[0] and size >= 1 << 16 and (pixels <= 64 or size <= 1 << 20)
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -195,6 +201,8 @@ def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, 
         ValueError: a shape or device does not fit.
     """
     _checks.expect_cover(up, skip)
+    if up.shape[1] < 1:
+        raise ValueError(f"up must have at least one channel, got {list(up.shape)}")
     _expect_parameters(weight, bias, up.shape[1] + skip.shape[1], "the channels of up and skip together")
     _expect_room("up", up)
     up, skip, weight, bias = _checks.autocast(up, skip, weight, bias)
@@ -208,6 +216,8 @@ def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, 
 def _expect_parameters(weight: Tensor, bias: Tensor, channels: int, whose: str) -> None:
     _checks.expect_float("weight", weight, "C_out, C_in, 3, 3")
     _checks.expect_size("weight", weight, (-1, channels, 3, 3), f"(C_in is {whose})")
+    if weight.shape[0] < 1 or channels < 1:
+        raise ValueError(f"weight must have at least one channel in and out, got {list(weight.shape)}")
     _checks.expect_float("bias", bias, "C_out")
     _checks.expect_size("bias", bias, (weight.shape[0],), "(one per output channel of weight)")
 

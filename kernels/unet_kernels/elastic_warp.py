@@ -258,9 +258,12 @@ def elastic_warp(
 def _expect_out_size(out_size: int | Sequence[int] | None, height: int, width: int) -> list[int]:
     if out_size is None:
         return [height, width]
-    size = [out_size, out_size] if isinstance(out_size, int) else list(out_size)
-    if len(size) != 2 or any(s < 1 for s in size):
-        raise ValueError(f"out_size must be rows and columns of at least 1, got {out_size}")
+    pair = out_size if isinstance(out_size, Sequence) and not isinstance(out_size, str) else (out_size, out_size)
+    if len(pair) != 2:
+        raise ValueError(f"out_size must be rows and columns, got {out_size!r}")
+    size = [_checks.expect_whole("out_size", s) for s in pair]
+    if min(size) < 1:
+        raise ValueError(f"out_size must be rows and columns of at least 1, got {out_size!r}")
     return size
 
 

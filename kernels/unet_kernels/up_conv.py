@@ -7,7 +7,8 @@
 "resize" (what the paper's text says): a 2x2 convolution of the map doubled by repetition, its bottom and right edge
 repeated once more so that nothing is invented and 2H x 2W comes out. The doubled map is never stored: output phase
 (a, b) only ever sees source pixels (h .. h + a, w .. w + b), so it is a (1 + a) x (1 + b) convolution of x itself with
-the taps that fall on one source pixel summed beforehand. That is 9 taps a source pixel instead of 16.
+the taps that fall on one source pixel summed beforehand. That is 9 taps a source pixel instead of 16. (On a plain CPU
+tensor smaller than its weight the expression itself is cheaper, and is what runs.)
 Derivation: docs/mathematics.md, section 3.
 """
 
@@ -26,15 +27,10 @@ PHASES = ((1, 1), (1, 0), (0, 1), (0, 0))
 
 
 @torch.library.custom_op("unet::up_conv", mutates_args=())
+@_checks.outside_autocast
 def _op(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
     if mode == "deconv":
         return reference.up_conv(x, weight, bias, mode)
-    # autocast would widen the padding to float32
-    with torch.autocast(x.device.type, enabled=False):
-        return _resized(x, weight, bias)
-
-
-def _resized(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     padded = F.pad(x, (0, 1, 0, 1), mode="replicate")
     height, width = x.shape[-2:]
     phases = [F.conv2d(_seen(padded, a, b, height, width), _summed(weight, a, b), bias) for a, b in PHASES]
@@ -67,7 +63,7 @@ def _summed(weight: Tensor, a: int, b: int) -> Tensor:
 
 
 # a fake whose body is the ATen composite gets the strides right
-_op.register_fake(reference.up_conv)
+_op.register_fake(_checks.outside_autocast(reference.up_conv))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,9 +142,14 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor, *, mode: str) -> Tensor:
     _checks.expect_size("weight", weight, wanted, f'for mode "{mode}" (C_in is the channels of x)')
     _checks.expect_float("bias", bias, "C_out")
     _checks.expect_size("bias", bias, (weight.shape[outputs],), "(one per output channel of weight)")
+    if weight.numel() < 1:
+        raise ValueError(f"weight must have at least one channel in and out, got {list(weight.shape)}")
     x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.expect_like("weight", weight, "x", x)
     _checks.expect_like("bias", bias, "x", x)
-    if _checks.transformed() or (mode == "deconv" and _checks.ordinary_on_cpu(x)):
+    if _checks.transformed():
+        return reference.up_conv(x, weight, bias, mode)
+    # four products with sums of a weight that is larger than the map cost more than doubling the map
+    if _checks.ordinary_on_cpu(x) and (mode == "deconv" or x.numel() < weight.numel()):
         return reference.up_conv(x, weight, bias, mode)
     return _op(x, weight, bias, mode)

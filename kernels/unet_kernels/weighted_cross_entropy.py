@@ -23,6 +23,7 @@ REDUCTIONS = ("none", "sum", "mean", "weighted_mean")
 
 
 @torch.library.custom_op("unet::weighted_cross_entropy", mutates_args=())
+@_checks.outside_autocast
 def _op(
     logits: Tensor,
     target: Tensor,
@@ -35,10 +36,11 @@ def _op(
     return reference.weighted_cross_entropy(logits, target, pixel_weight, weight, ignore_index, reduction)
 
 
-_op.register_fake(reference.weighted_cross_entropy)
+_op.register_fake(_checks.outside_autocast(reference.weighted_cross_entropy))
 
 
 @torch.library.custom_op("unet::head_cross_entropy", mutates_args=())
+@_checks.outside_autocast
 def _head_op(
     x: Tensor,
     weight: Tensor,
@@ -53,13 +55,17 @@ def _head_op(
     return reference.head_cross_entropy(x, weight, bias, target, pixel_weight, class_weight, ignore_index, reduction)
 
 
-_head_op.register_fake(reference.head_cross_entropy)
+_head_op.register_fake(_checks.outside_autocast(reference.head_cross_entropy))
 
 
 def _expect_classes(target: Tensor, classes: int, ignore_index: int) -> None:
     # on a GPU this would wait for it; there the gather's own device assertion speaks
     if target.device.type != "cpu" or target.numel() == 0:
         return
+    low, high = target.long().aminmax()
+    if low >= 0 and high < classes:
+        return
+    # some pixel is no class: ignored, or wrong
     low, high = reference.chosen(target, ignore_index)[1].aminmax()
     if low < 0 or high >= classes:
         wrong = int(low if low < 0 else high)
@@ -74,11 +80,11 @@ def _logits_gradient(ctx: Any, dloss: Tensor, logits: Tensor, of_loss: Sequence[
     ignore_index, reduction = ctx.ignore_index, ctx.reduction
     wide = reference.at_least_float32(logits)
     valid, index = reference.chosen(target, ignore_index)
-    class_factor, share = reference.pixel_factors(wide, index, valid, pixel_weight, weight)
+    class_factor, share = reference.pixel_factors(wide, valid, index, pixel_weight, weight)
     if reduction in ("mean", "weighted_mean"):
         share = reference.over(share, (class_factor if reduction == "mean" else share).sum())
     share = (share * dloss).unsqueeze(1)
-    dlogits = F.softmax(wide, dim=1).mul_(share).scatter_add_(1, index, -share)
+    dlogits = (F.softmax(wide, dim=1) * share).scatter_add_(1, index, -share)
     return dlogits.to(logits.dtype)
 
 
@@ -125,7 +131,7 @@ def weighted_cross_entropy(
 
     Args:
         logits: [N, K, H, W]; float32, float16, bfloat16 or float64.
-        target: [N, H, W], any integer dtype: class ids 0 to K - 1, or ignore_index.
+        target: [N, H, W], any integer dtype or bool: class ids 0 to K - 1, or ignore_index.
         pixel_weight: [N, H, W], floating, or None for 1 everywhere. It gets no gradient.
         weight: [K], floating, one factor per class as in torch's cross_entropy, or None.
         ignore_index: pixels with this target weigh nothing.
@@ -146,10 +152,18 @@ def weighted_cross_entropy(
     0.6931
     """
     _checks.expect_float("logits", logits, "N, K, H, W")
-    _expect_loss_arguments(target, pixel_weight, "weight", weight, ignore_index, reduction, "logits", logits)
+    ignore_index = _checks.expect_whole("ignore_index", ignore_index)
+    _expect_loss_arguments(target, pixel_weight, "weight", weight, reduction, "logits", logits)
     if weight is not None:
         _checks.expect_size("weight", weight, (logits.shape[1],), "(one per class, K channels of logits)")
-    return _op(_checks.autocast_to_float32(logits), target, pixel_weight, weight, ignore_index, reduction)
+    logits = _checks.autocast_to_float32(logits)
+    if _checks.transformed():
+        return reference.weighted_cross_entropy(logits, target, pixel_weight, weight, ignore_index, reduction)
+    if _checks.ordinary_on_cpu(logits):
+        # ATen's own derivative, which keeps the softmax's logarithm and so needs no second one
+        _expect_classes(target, logits.shape[1], ignore_index)
+        return reference.weighted_cross_entropy(logits, target, pixel_weight, weight, ignore_index, reduction)
+    return _op(logits, target, pixel_weight, weight, ignore_index, reduction)
 
 
 def head_cross_entropy(
@@ -172,7 +186,7 @@ def head_cross_entropy(
         x: [N, C, H, W], the last features; float32, float16, bfloat16 or float64.
         weight: [K, C, 1, 1], dtype and device of x.
         bias: [K], likewise.
-        target: [N, H, W], any integer dtype: class ids 0 to K - 1, or ignore_index.
+        target: [N, H, W], any integer dtype or bool: class ids 0 to K - 1, or ignore_index.
         pixel_weight: [N, H, W], floating, or None.
         class_weight: [K], floating, or None.
         ignore_index: pixels with this target weigh nothing.
@@ -190,13 +204,15 @@ def head_cross_entropy(
     _checks.expect_size("weight", weight, (-1, x.shape[1], 1, 1), "(C is the channels of x)")
     _checks.expect_float("bias", bias, "K")
     _checks.expect_size("bias", bias, (weight.shape[0],), "(one per class, K rows of weight)")
-    _expect_loss_arguments(target, pixel_weight, "class_weight", class_weight, ignore_index, reduction, "x", x)
+    ignore_index = _checks.expect_whole("ignore_index", ignore_index)
+    _expect_loss_arguments(target, pixel_weight, "class_weight", class_weight, reduction, "x", x)
     if class_weight is not None:
         _checks.expect_size("class_weight", class_weight, (weight.shape[0],), "(one per class, K rows of weight)")
     x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.expect_like("weight", weight, "x", x)
     _checks.expect_like("bias", bias, "x", x)
-    return _head_op(x, weight, bias, target, pixel_weight, class_weight, ignore_index, reduction)
+    arguments = (x, weight, bias, target, pixel_weight, class_weight, ignore_index, reduction)
+    return reference.head_cross_entropy(*arguments) if _checks.transformed() else _head_op(*arguments)
 
 
 def _expect_loss_arguments(
@@ -204,16 +220,14 @@ def _expect_loss_arguments(
     pixel_weight: Tensor | None,
     class_weight_name: str,
     class_weight: Tensor | None,
-    ignore_index: int,
     reduction: str,
     maps_name: str,
     maps: Tensor,
 ) -> None:
     _checks.expect_choice("reduction", reduction, REDUCTIONS)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be a whole number, got {ignore_index!r}")
     size = (maps.shape[0], *maps.shape[2:])
-    _checks.expect_integer("target", target, "N, H, W")
+    # a bool too: `cut_gap(instances) > 0` is a target
+    _checks.expect_tensor("target", target, "N, H, W", (*_checks.INTEGERS, torch.bool), "an integer tensor")
     _checks.expect_size("target", target, size, f"(N, H, W of {maps_name})")
     _checks.expect_device("target", target, maps_name, maps)
     if pixel_weight is not None:

@@ -161,7 +161,7 @@ def test_the_counts_of_pytest_are_read():
     output = ["....F", "FAILED tests/test_a.py::test_b[x] - assert 1 == 2", "1 failed, 12 passed, 3 skipped in 4.56s"]
     with pytest.raises(Failed, match="ended with 1: 1 failed, 12 passed, 3 skipped") as caught:
         correctness.judge(1, output)
-    assert caught.value.result["failing"] == ["FAILED tests/test_a.py::test_b[x]"]
+    assert caught.value.result["failing"] == ["FAILED tests/test_a.py::test_b[x] - assert 1 == 2"]
     assert correctness.judge(0, ["9 passed in 61.20s (0:01:01)"])["counts"] == {"passed": 9}
     with pytest.raises(Failed, match="ran out of time"):
         correctness.judge(None, ["...."])

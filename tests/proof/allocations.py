@@ -27,7 +27,8 @@ def allocated(call: Callable[[], Any], before: Callable[[], Any] = lambda: None)
     before()
     call()
     before()
-    with torch.profiler.profile(profile_memory=True) as profile:
+    # acc_events: without it torch 2.11 warns that one cycle's events are dropped at the next
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = total = largest = 0

@@ -135,7 +135,7 @@ def compiled(launch: Launch, capability: int) -> Compiled:
         signature[name] = "constexpr" if constexpr or value is None else _type(value)
         if signature[name] == "constexpr":
             constants[(i,)] = value
-        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        elif _divisible(value):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
@@ -144,6 +144,14 @@ def compiled(launch: Launch, capability: int) -> Compiled:
     assert usage is not None, "cuobjdump printed no resource usage"
     registers, stack = map(int, usage.groups())
     return Compiled(capability, registers, stack, made.metadata.shared, cubin, made.asm["ptx"])
+
+
+def _divisible(value: Any) -> bool:
+    """Whether a launch would tell the compiler that 16 divides this: an address, or a whole number."""
+    if isinstance(value, Tensor):
+        # an allocation begins on more than 16 bytes, a view where it likes
+        return value.storage_offset() * value.element_size() % 16 == 0
+    return isinstance(value, int) and not isinstance(value, bool) and value % 16 == 0
 
 
 def _type(value: Any) -> str:

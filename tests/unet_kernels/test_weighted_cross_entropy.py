@@ -201,8 +201,8 @@ def test_bad_input_is_refused_in_a_sentence(
 
 
 def test_the_head_refuses_a_weight_that_does_not_fit() -> None:
-    x, bias = torch.zeros(1, 4, 3, 3), torch.zeros(2)
+    x, bias, target = torch.zeros(1, 4, 3, 3), torch.zeros(2), torch.zeros(1, 3, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"weight must have shape \[any, 4, 1, 1\]"):
-        uk.head_cross_entropy(x, torch.zeros(2, 3, 1, 1), bias, _T)
+        uk.head_cross_entropy(x, torch.zeros(2, 3, 1, 1), bias, target)
     with pytest.raises(ValueError, match=r"class_weight must have shape \[2\]"):
-        uk.head_cross_entropy(x, torch.zeros(2, 4, 1, 1), bias, _T, class_weight=torch.ones(3))
+        uk.head_cross_entropy(x, torch.zeros(2, 4, 1, 1), bias, target, class_weight=torch.ones(3))

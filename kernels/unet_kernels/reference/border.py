@@ -20,7 +20,7 @@ def two_nearest_cells(instances: Tensor, max_radius: float | None = None) -> tup
     nearest of the image, docs/mathematics.md section 5); then a search along the row, outward, until no column further
     out can improve any pixel. Memory is a fixed number of maps, whatever the number of cells.
     """
-    reach = math.inf if max_radius is None else float(max_radius) ** 2
+    reach = math.inf if max_radius is None else max_radius * max_radius
     columns = _two_nearest_in_column(instances.long())
     best = [t.clone() for t in columns]
     width = instances.shape[-1]
@@ -108,7 +108,7 @@ def border_weight(
     background = kept == 0
     d1, d2 = two_nearest_cells(instances, border_radius(w0, sigma_px))
     # a missing second cell leaves d2 infinite, and exp(-inf) is the promised 0
-    term = w0 * torch.exp(-((d1 + d2) ** 2) / (2 * sigma_px**2))
+    term = w0 * torch.exp(-((d1 + d2) ** 2) / (2 * sigma_px * sigma_px))
     if region == "background":
         term = torch.where(background, term, 0)
     of_background, of_cell = (1.0, 1.0) if class_weight is None else class_weight
@@ -118,4 +118,4 @@ def border_weight(
 
 def border_radius(w0: float, sigma_px: float) -> float:
     """Distance in pixels beyond which Eq. 2's term is below 1e-12, so that no cell further off needs to be found."""
-    return math.ceil(sigma_px * math.sqrt(2 * math.log(max(w0, 1e-12) / 1e-12))) + 1.0
+    return sigma_px * math.sqrt(2 * math.log(max(w0, 1e-12) / 1e-12)) + 1

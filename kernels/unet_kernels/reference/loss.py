@@ -19,15 +19,18 @@ def weighted_cross_entropy(
 
     logits [N, K, H, W], target [N, H, W], pixel_weight [N, H, W], weight [K] -> a scalar, or [N, H, W] for "none".
     """
-    logits = at_least_float32(logits)
-    valid, index = chosen(target, ignore_index)
-    loss = -F.log_softmax(logits, dim=1).gather(1, index).squeeze(1)
-    class_factor, factor = pixel_factors(logits, index, valid, pixel_weight, weight)
-    loss = torch.where(valid, loss * factor, 0)
+    logits, target = at_least_float32(logits), target.long()
+    # summed by us: torch's own sum on a GPU adds in whatever order its blocks finish
+    class_weight = None if weight is None else weight.to(logits.dtype)
+    loss = F.cross_entropy(logits, target, class_weight, ignore_index=ignore_index, reduction="none")
+    if pixel_weight is not None:
+        # not by a product alone: the weight of an ignored pixel may be NaN
+        loss = torch.where(target != ignore_index, loss * pixel_weight.detach().to(logits.dtype), 0)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
+    class_factor, factor = pixel_factors(logits, *chosen(target, ignore_index), pixel_weight, weight)
     return over(loss.sum(), (class_factor if reduction == "mean" else factor).sum())
 
 
@@ -40,7 +43,7 @@ def chosen(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 
 def pixel_factors(
-    logits: Tensor, index: Tensor, valid: Tensor, pixel_weight: Tensor | None, weight: Tensor | None
+    logits: Tensor, valid: Tensor, index: Tensor, pixel_weight: Tensor | None, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(class factor, class factor times pixel weight), both [N, H, W] and 0 where a pixel is ignored."""
     class_factor = valid.to(logits.dtype)
@@ -48,7 +51,7 @@ def pixel_factors(
         class_factor = torch.where(valid, weight.to(logits.dtype)[index.squeeze(1)], 0)
     if pixel_weight is None:
         return class_factor, class_factor
-    return class_factor, torch.where(valid, class_factor * pixel_weight.to(logits.dtype), 0)
+    return class_factor, torch.where(valid, class_factor * pixel_weight.detach().to(logits.dtype), 0)
 
 
 def over(total: Tensor, denominator: Tensor) -> Tensor:
