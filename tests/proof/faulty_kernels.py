@@ -45,6 +45,30 @@ def races(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def reads_outside_and_forgets(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    # the right answer, and on a GPU perhaps an illegal address
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + i), mask=i < size)
+
+
+@triton.jit
+def loses_updates(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    # every program adds to one value without an atomic: right one after another, and only then
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < size, other=0.0)
+    tl.store(y_ptr + i, x, mask=i < size)
+    tl.store(y_ptr, tl.load(y_ptr) + 0.0 * tl.sum(x))
+
+
+@triton.jit
+def nan_becomes_zero(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
+    # the interpreter's maximum keeps NaN, a GPU's does not
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < size, other=0.0)
+    tl.store(y_ptr + i, tl.maximum(x, 0.0), mask=i < size)
+
+
+@triton.jit
 def is_right(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < size, other=0.0), mask=i < size)
@@ -70,6 +94,13 @@ def loads_one_by_one(x_ptr, y_ptr, step, size, BLOCK: tl.constexpr):
 
 
 def launch(kernel, x: Tensor) -> Tensor:
-    y = torch.empty_like(x)
+    return _launch(kernel, x, torch.empty_like(x))
+
+
+def launch_unguarded(kernel, x: Tensor) -> Tensor:
+    return _launch(kernel, x, x.new_empty(x.shape))
+
+
+def _launch(kernel, x: Tensor, y: Tensor) -> Tensor:
     kernel[(triton.cdiv(x.numel(), 16),)](x, y, x.numel(), BLOCK=16)
     return y

@@ -1,14 +1,17 @@
 """Buffers that notice: poison where a kernel should have written, canaries where it should not have been."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from tests.proof.watch import watched
 from tests.proof.yardstick import assert_same_bits
+from unet_kernels import _triton
 
 __all__ = ["LAYOUTS", "awkward", "guarded_launch"]
 
@@ -40,7 +43,9 @@ class _Guarded:
             raise AssertionError(f"{what}: wrote outside its buffer ({error})") from None
 
 
-def _poison(dtype: torch.dtype) -> float | int:
+def _poison(dtype: torch.dtype) -> float | int | bool:
+    if dtype == torch.bool:
+        return True
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
@@ -62,10 +67,12 @@ def _guarded_allocations() -> Iterator[list[_Guarded]]:
 
 
 def guarded_launch(launcher: Callable[..., Any], *args: Any, mutates: tuple[int, ...] = (), **kwargs: Any) -> Any:
-    """Run a launcher with canaries round every tensor and every output poisoned; what it returns is checked.
+    """Run a launcher with canaries round every tensor and every output poisoned; what it does is checked.
 
-    An input that was changed, a write outside a buffer, and an output value never written are assertion errors. A
-    read outside an input finds NaN (the largest integer), so it shows in the result.
+    Assertion errors: an input that was changed; a write outside a buffer; a result that torch.empty (or a sister of
+    it) did not allocate, and so nobody guards. Under the interpreter, where addresses can be watched, also: any access
+    outside the tensors of the launch, programs that meet at one value, an output value that no launch stored. On a GPU
+    a read outside an input finds NaN (the largest integer), and so does who reads an output that was not written.
 
     Args:
         launcher: allocates by torch.empty, torch.empty_like or torch.empty_strided, and launches.
@@ -73,7 +80,8 @@ def guarded_launch(launcher: Callable[..., Any], *args: Any, mutates: tuple[int,
     """
     guards = [_Guarded.around(a) if isinstance(a, Tensor) else None for a in args]
     placed = [a if g is None else g.tensor for a, g in zip(args, guards, strict=True)]
-    with _guarded_allocations() as made:
+    watching = watched() if _triton.INTERPRETED else nullcontext()
+    with _guarded_allocations() as made, watching as watch:
         result = launcher(*placed, **kwargs)
     for i, guard in enumerate(guards):
         if guard is None:
@@ -83,13 +91,17 @@ def guarded_launch(launcher: Callable[..., Any], *args: Any, mutates: tuple[int,
             assert_same_bits(guard.tensor, args[i])
     for i, guard in enumerate(made):
         guard.assert_intact(f"allocation {i}")
+    if watch is not None:
+        watch.assert_clean()
+    ours = {g.buffer.untyped_storage().data_ptr(): g in made for g in [*made, *filter(None, guards)]}
+    for i, tensor in enumerate(tree_leaves(result)):
+        storage = tensor.untyped_storage().data_ptr()
+        assert storage in ours, (
+            f"result {i} was not allocated by torch.empty, empty_like or empty_strided: nobody guards it"
+        )
+        if watch is not None and ours[storage]:
+            watch.assert_written(tensor, f"result {i}")
     return result
-
-
-def assert_written(result: Tensor, want: Tensor) -> None:
-    """No poison is left where the reference has a number."""
-    left = result.isnan() & ~want.isnan() if result.is_floating_point() else result == torch.iinfo(result.dtype).max
-    assert not left.any(), f"{int(left.sum())} of {left.numel()} values were never written"
 
 
 def _channels_last(t: Tensor) -> Tensor:

@@ -82,4 +82,6 @@ def test_compiled_code_is_within_budget(layout: str, dtype: torch.dtype) -> None
     [launch] = aot.recorded(bias_relu, "_fwd_kernel", lambda: launch_bias_relu_(y, bias))
     wide = (r"STG\.E\.128",) if dtype == torch.float32 else (r"STG\.E\.(128|64)",)
     for chip in aot.ELEMENTWISE_CHIPS:
-        aot.Budget(registers=64, shared_bytes=2048, must_have=wide).check(aot.compiled(launch, chip))
+        # a minimum or maximum would be a ReLU that turns NaN into 0, which the interpreter cannot show
+        budget = aot.Budget(registers=64, shared_bytes=2048, must_have=wide, must_not_have=(r"[FH]MNMX",))
+        budget.check(aot.compiled(launch, chip))
