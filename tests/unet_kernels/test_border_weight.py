@@ -184,6 +184,20 @@ _I = torch.zeros(1, 4, 4, dtype=torch.int32)
         (_I > 0, {}, TypeError, "instances must be an integer tensor, got bool"),
         (_I[0], {}, ValueError, r"instances must be 3-D \[N, H, W\], got 2-D \[4, 4\]"),
         (_I.long() + 2**31, {}, ValueError, "instances must hold ids that fit 32 bits, got 2147483648; renumber"),
+        (_I.long() - 2**31 - 1, {}, ValueError, "instances must hold ids that fit 32 bits, got -2147483649; renumber"),
+        (
+            (_I.long() + 2**31).to(torch.uint32),
+            {},
+            ValueError,
+            "instances must hold ids that fit 32 bits, got 2147483648",
+        ),
+        (
+            torch.from_numpy(np.full((1, 2, 2), 2**64 - 1, np.uint64)),
+            {},
+            ValueError,
+            "instances must hold ids that fit 32 bits, got 18446744073709551615",
+        ),
+        (_I, {"w0": 10**400}, ValueError, "w0 must be at least 0 and finite, got 1000"),
         (_I, {"w0": -1.0}, ValueError, "w0 must be at least 0 and finite, got -1.0"),
         (_I, {"sigma_px": 0.0}, ValueError, "sigma_px must be above 0 and finite, got 0.0"),
         (_I, {"sigma_px": float("nan")}, ValueError, "sigma_px must be above 0 and finite, got nan"),
@@ -198,6 +212,31 @@ def test_bad_input_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(error, match=sentence):
         uk.border_weight(instances, **settings)
+
+
+def test_extreme_settings_are_numbers_like_others() -> None:
+    instances = _two_squares(2)
+    assert torch.equal(uk.border_weight(instances, sigma_px=1e200), uk.border_weight(instances, sigma_px=1e30))
+    far = uk.two_nearest_cells(instances, max_radius=1e200)
+    assert all(torch.equal(a, b) for a, b in zip(far, uk.two_nearest_cells(instances), strict=True))
+    assert torch.equal(uk.border_weight(instances, w0=np.float32(10)), uk.border_weight(instances))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "window", "expanded"])
+def test_any_strides(layout: str) -> None:
+    instances = torch.randint(0, 4, (2, 7, 9), dtype=torch.int32)
+    odd = {
+        "transposed": instances.transpose(1, 2).contiguous().transpose(1, 2),
+        "window": torch.nn.functional.pad(instances, (2, 3, 1, 1))[:, 1:-1, 2:-3],
+        "expanded": instances[:1].expand(2, 7, 9),
+    }[layout]
+    for call in (uk.two_nearest_cells, uk.cut_gap, uk.border_weight):
+        got, want = call(odd), call(odd.contiguous())
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for op, rest in ((torch.ops.unet.two_nearest_cells, (None,)), (torch.ops.unet.cut_gap, ())):
+        torch.library.opcheck(op.default, (odd, *rest))
+    torch.library.opcheck(torch.ops.unet.instance_ids.default, (odd.long(),))
+    torch.library.opcheck(torch.ops.unet.instance_ids.default, (odd,))
 
 
 def test_a_negative_radius_is_refused() -> None:

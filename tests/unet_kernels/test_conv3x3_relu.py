@@ -19,6 +19,7 @@ CASES = {
     "one channel in": (2, 1, 8, 8, 3),
     "empty batch": (0, 3, 5, 5, 4),
     "more weight than map": (1, 96, 6, 6, 96),
+    "empty batch, more weight": (0, 96, 6, 6, 96),
 }
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -54,7 +55,7 @@ def test_as_near_as_torch_and_in_its_strides(case: str, layout: str, dtype: torc
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", [c for c in CASES if c != "empty batch"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_are_as_near_as_torchs(case: str, layout: str, dtype: torch.dtype, device: torch.device) -> None:
     tensors = _made(case, dtype, layout, device)
@@ -68,6 +69,44 @@ def test_gradients_are_as_near_as_torchs(case: str, layout: str, dtype: torch.dt
     ours = _gradients(uk.conv3x3_relu, tensors, dy)
     for a, b, c in zip(torchs, ours, exact, strict=True):
         assert_gradient(a, b, c)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_small_map_takes_the_product_and_it_is_the_derivative(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import import_module
+
+    module, taken = import_module("unet_kernels.conv3x3_relu"), []
+    real = module._weight_gradient
+    monkeypatch.setattr(module, "_weight_gradient", lambda *maps: taken.append(maps) or real(*maps))
+    tensors = _made("more weight than map", torch.float64, layout, "cpu")
+    dy = torch.randn_like(_torchs(*tensors))
+    for a, b in zip(*(_gradients(f, tensors, dy) for f in (_torchs, uk.conv3x3_relu)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert len(taken) == 1
+
+
+def test_what_needs_no_relu_keeps_no_output() -> None:
+    kept: list[Tensor] = []
+    x, weight, bias = _made("more weight than map", torch.float32, "channels_last", "cpu")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = uk.conv3x3_relu(x, weight.requires_grad_(), bias, relu=False)
+    assert y.data_ptr() not in {t.data_ptr() for t in kept}
+
+
+@pytest.mark.parametrize("op", ["conv3x3_relu", "up_conv"])
+def test_an_op_called_directly_under_autocast_keeps_its_dtype(op: str) -> None:
+    if op == "conv3x3_relu":
+        x, weight, bias = _made("odd", torch.float32, "channels_last", "cpu")
+        call, settings = torch.ops.unet.conv3x3_relu, (True,)
+    else:
+        x, weight, bias = torch.randn(1, 3, 4, 4), torch.randn(3, 2, 2, 2), torch.randn(2)
+        call, settings = torch.ops.unet.up_conv, ("deconv",)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = call(*leaves, *settings)
+        y.sum().backward()
+    assert y.dtype == torch.float32
+    assert all(t.grad is not None for t in leaves)
 
 
 def test_without_relu_nothing_is_clamped() -> None:
@@ -163,6 +202,7 @@ _X, _W, _B = torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), torch.zeros(3)
         (_X[0], _W, _B, ValueError, r"x must be 4-D \[N, C_in, H, W\], got 3-D \[2, 5, 5\]"),
         (_X.int(), _W, _B, TypeError, "x must be floating .*got int32"),
         (_X[:, :, :2], _W, _B, ValueError, "x must be at least 3x3 for a valid 3x3 convolution, got 2x5"),
+        (_X, _W[:0], _B[:0], ValueError, r"weight must have at least one channel in and out, got \[0, 2, 3, 3\]"),
         (_X, _W[:, :1], _B, ValueError, r"weight must have shape \[any, 2, 3, 3\] \(C_in is the channels of x\), got"),
         (_X, _W[..., :2], _B, ValueError, r"weight must have shape \[any, 2, 3, 3\] .*got \[3, 2, 3, 2\]"),
         (_X, _W, _B[:2], ValueError, r"bias must have shape \[3\] \(one per output channel of weight\), got \[2\]"),
@@ -182,6 +222,8 @@ def test_bad_input_is_refused_in_a_sentence(
 def test_the_concatenating_one_names_both_maps() -> None:
     with pytest.raises(ValueError, match="the channels of up and skip together"):
         uk.conv3x3_relu_cat(_X, _X, _W, _B)
+    with pytest.raises(ValueError, match="up must have at least one channel"):
+        uk.conv3x3_relu_cat(_X[:, :0], _X, _W, _B)
     with pytest.raises(ValueError, match="skip must cover up"):
         uk.conv3x3_relu_cat(_X, _X[:, :, 1:], torch.zeros(3, 4, 3, 3), _B)
     with pytest.raises(TypeError, match="skip must be float32 like up, got float16"):

@@ -155,6 +155,13 @@ def test_the_launcher_foresees_torchs_strides(layouts: tuple[str, str]) -> None:
         assert torch.cat([up, skip], 1).stride() == want.stride()
 
 
+def test_under_autocast_the_wider_dtype_wins_as_in_torch_cat() -> None:
+    up, skip = torch.rand(1, 2, 3, 3).bfloat16(), torch.rand(1, 2, 3, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want, got = torch.cat([up, skip], 1), uk.crop_concat(up, skip)
+    assert_same_bits(got, want)
+
+
 _UP = torch.zeros(1, 2, 5, 5)
 
 

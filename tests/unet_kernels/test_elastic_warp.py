@@ -159,12 +159,53 @@ def test_a_table_of_grey_values_is_applied_to_what_was_read() -> None:
 
 
 def test_integers_are_rounded_and_clamped() -> None:
-    image = torch.tensor([[[[0, 255, 0, 255, 0, 255]]]], dtype=torch.uint8)
-    got = uk.elastic_warp(image, _constant(0, 0.5), order=3)
-    assert got.dtype == torch.uint8
-    edge = torch.tensor([[[[0, 0, 255, 255, 255, 255]]]], dtype=torch.uint8)
-    over = uk.elastic_warp(edge, _constant(0, 0.25), order=3)
-    assert over[0, 0, 0, 2] == 255
+    image = torch.tensor([[[[0, 3, 1, 3, 255, 255]]]], dtype=torch.uint8)
+    quarter, half = _constant(0, 0.25, dtype=torch.float64), _constant(0, 0.5, dtype=torch.float64)
+    # 0.75, 2.5, 1.5, 66, 255, 255 (the edge mirrored): to the nearest, halves to even
+    assert uk.elastic_warp(image, quarter).tolist() == [[[[1, 2, 2, 66, 255, 255]]]]
+    assert uk.elastic_warp(image, half).tolist() == [[[[2, 2, 2, 129, 255, 255]]]]
+    # the cubic overshoots beside an edge, on both sides
+    edge = torch.tensor([[[[0, 0, 0, 255, 255, 255]]]], dtype=torch.uint8)
+    exact = uk.elastic_warp(edge.double(), half, order=3)
+    assert exact.max() > 255
+    assert exact.min() < 0
+    assert torch.equal(uk.elastic_warp(edge, half, order=3), exact.round().clamp(0, 255).to(torch.uint8))
+
+
+def test_labels_at_a_half_go_upwards() -> None:
+    image, labels = torch.zeros(1, 1, 1, 6), torch.arange(6, dtype=torch.int32).view(1, 1, 6)
+    for columns, want in ((0.5, [1, 2, 3, 4, 5, 4]), (-0.5, [0, 1, 2, 3, 4, 5]), (0.49, [0, 1, 2, 3, 4, 5])):
+        # a translation by the matrix is exact, one by an interpolated grid is so to rounding
+        matrix = torch.tensor([[[1.0, 0.0, 0.0], [0.0, 1.0, columns]]])
+        _, warped = uk.elastic_warp(image, _constant(0, 0), labels=labels, matrix=matrix)
+        assert warped[0, 0].tolist() == want
+
+
+def test_a_table_spans_the_dtypes_values() -> None:
+    image = torch.tensor([[[[0, 255, 32768, 65535]]]], dtype=torch.int64).to(torch.uint16)
+    got = uk.elastic_warp(image, _constant(0, 0), lut=torch.tensor([65535.0, 0.0]))
+    assert got.to(torch.int64).tolist() == [[[[65535, 65280, 32767, 0]]]]
+
+
+def test_nan_passes_through_a_table() -> None:
+    image = torch.tensor([[[[0.5, torch.nan, 0.25, 1.0]]]])
+    got = uk.elastic_warp(image, _constant(0, 0), lut=torch.tensor([0.0, 2.0]))
+    assert got[0, 0, 0, 1].isnan()
+    assert got[0, 0, 0, 3] == 2
+
+
+def test_it_is_a_matter_of_float32_under_autocast_too() -> None:
+    image, grid = torch.rand(1, 1, 9, 9, requires_grad=True), (torch.randn(1, 2, 3, 3) * 2).requires_grad_()
+    matrix = torch.tensor([[[0.9, 0.1, 0.3], [-0.1, 1.1, 0.2]]], requires_grad=True)
+
+    def call() -> list[Tensor]:
+        out = uk.elastic_warp(image, grid, matrix=matrix)
+        return [out, *torch.autograd.grad(out.square().sum(), (image, grid, matrix))]
+
+    plain = call()
+    with torch.autocast(image.device.type, dtype=torch.bfloat16):
+        under = call()
+    assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -209,6 +250,11 @@ _IMAGE, _GRID = torch.zeros(1, 1, 5, 5), torch.zeros(1, 2, 3, 3)
         (_IMAGE, _GRID, {"order": 2}, ValueError, "order must be 1 or 3, got 2"),
         (_IMAGE, _GRID, {"border": "zeros"}, ValueError, "border must be 'reflect', got 'zeros'"),
         (_IMAGE, _GRID, {"out_size": (0, 4)}, ValueError, r"out_size must be rows and columns of at least 1, got \(0"),
+        (_IMAGE, _GRID, {"order": 1.0}, ValueError, "order must be 1 or 3, got 1.0"),
+        (_IMAGE, _GRID, {"out_size": (2.5, 3)}, TypeError, "out_size must be a whole number, got 2.5"),
+        (_IMAGE, _GRID, {"out_size": True}, TypeError, "out_size must be a whole number, got True"),
+        (_IMAGE, _GRID, {"out_size": "ab"}, TypeError, "out_size must be a whole number, got 'ab'"),
+        (_IMAGE, _GRID, {"out_size": (1, 2, 3)}, ValueError, r"out_size must be rows and columns, got \(1, 2, 3\)"),
         (_IMAGE, _GRID, {"labels": torch.zeros(1, 5, 5)}, TypeError, "labels must be an integer tensor, got float32"),
         (_IMAGE, _GRID, {"labels": torch.zeros(1, 4, 5).int()}, ValueError, r"labels must have shape \[1, 5, 5\]"),
         (_IMAGE, _GRID, {"matrix": torch.eye(3)[None]}, ValueError, r"matrix must have shape \[1, 2, 3\]"),

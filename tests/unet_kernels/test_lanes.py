@@ -15,6 +15,7 @@ def test_every_op_has_a_lane_and_a_reason_on_the_cpu(op: str) -> None:
     lane, reason = uk.lane(op, torch.device("cpu"))
     assert lane == "torch"
     assert "ATen" in reason
+    assert uk.lane(op, "cpu") == (lane, reason)
 
 
 def test_on_a_gpu_the_lane_is_what_the_op_itself_asks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The native libraries: found where they are, refused when they are not ours, and their absence said in a sentence."""
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -35,6 +36,19 @@ def built(tmp_path_factory: pytest.TempPathFactory, no_compiler: str) -> Path:
         done = subprocess.run(["cmake", *step], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     return place / "kernels" / "native"
+
+
+def test_without_a_compiler_nothing_is_built_and_nothing_fails(tmp_path: Path) -> None:
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake on the path")
+    environment = os.environ | {"CC": "/bin/false", "CXX": "/bin/false"}
+    for step in (["-S", str(ROOT), "-B", str(tmp_path), "-G", "Unix Makefiles"], ["--build", str(tmp_path)]):
+        if shutil.which("make") is None:
+            pytest.skip("no make on the path")
+        done = subprocess.run(["cmake", *step], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert step[0] != "-S" or "No working C++ compiler" in done.stdout
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_the_library_is_found_and_answers(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:

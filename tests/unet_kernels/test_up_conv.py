@@ -83,6 +83,21 @@ def test_the_doubled_map_is_never_stored() -> None:
     assert seen.largest < 2 * x.numel() * 4
 
 
+def test_sums_of_sixteen_bit_taps_are_rounded_once() -> None:
+    from importlib import import_module
+
+    module = import_module("unet_kernels.up_conv")
+    weight = torch.tensor([256.0, 1.0, 1.0, 1.0]).view(1, 1, 2, 2).bfloat16()
+    # added one by one in bfloat16, each 1 would be lost
+    assert module._summed(weight, 0, 0).item() == torch.tensor(259.0).bfloat16().item() == 260
+
+
+def test_a_map_smaller_than_its_weight_is_doubled_on_a_cpu_and_equal() -> None:
+    x, weight, bias = torch.randn(1, 32, 2, 3), torch.randn(16, 32, 2, 2), torch.randn(16)
+    through_the_op = torch.ops.unet.up_conv(x, weight, bias, "resize")
+    torch.testing.assert_close(uk.up_conv(x, weight, bias, mode="resize"), through_the_op, rtol=1e-4, atol=1e-4)
+
+
 def test_nan_reaches_what_reads_it_and_nothing_else() -> None:
     x, weight, bias = _made("odd", "resize", torch.float32, "contiguous", "cpu")
     x[0, 0, 2, 2] = torch.nan

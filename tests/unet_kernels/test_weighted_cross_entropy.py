@@ -136,6 +136,69 @@ def test_any_integer_dtype_is_a_target(dtype: torch.dtype) -> None:
     assert torch.equal(uk.weighted_cross_entropy(logits, target.to(dtype)), want)
 
 
+def test_nan_in_the_weight_of_an_ignored_pixel_does_not_leak() -> None:
+    logits, target = _maps()
+    pixel_weight = torch.where(target == -100, torch.nan, 1.0)
+    for reduction in ("none", "sum", "mean", "weighted_mean"):
+        leaf = logits.clone().requires_grad_()
+        loss = uk.weighted_cross_entropy(leaf, target, pixel_weight, reduction=reduction)
+        assert loss.isfinite().all()
+        assert torch.autograd.grad(loss.sum(), leaf)[0].isfinite().all()
+
+
+def test_a_bool_map_is_a_target() -> None:
+    logits = torch.randn(1, 2, 3, 3)
+    target = torch.rand(1, 3, 3) > 0.5
+    assert torch.equal(uk.weighted_cross_entropy(logits, target), uk.weighted_cross_entropy(logits, target.long()))
+
+
+@pytest.mark.parametrize("traced", [False, True], ids=["door", "op"])
+def test_under_autocast_the_loss_is_float32_and_its_gradient_that_of_its_forward(
+    traced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if traced:
+        monkeypatch.setattr("unet_kernels._checks.ordinary_on_cpu", lambda tensor: False)
+    x, target = torch.randn(1, 6, 5, 4, requires_grad=True), torch.randint(0, 3, (1, 5, 4))
+    weight, bias = torch.randn(3, 6, 1, 1, requires_grad=True), torch.randn(3, requires_grad=True)
+    plain = uk.head_cross_entropy(x, weight, bias, target)
+    want = torch.autograd.grad(plain, (x, weight, bias), retain_graph=True)
+    with torch.autocast(x.device.type, dtype=torch.bfloat16):
+        got = torch.autograd.grad(plain, (x, weight, bias))
+        logits = torch.randn(1, 3, 5, 4, dtype=torch.bfloat16)
+        loss = uk.weighted_cross_entropy(logits, target)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, uk.weighted_cross_entropy(logits.float(), target))
+
+
+def test_the_head_makes_only_the_gradients_that_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, target = torch.randn(1, 6, 5, 4), torch.randint(0, 3, (1, 5, 4))
+    weight, bias = torch.randn(3, 6, 1, 1, requires_grad=True), torch.randn(3)
+    asked: list[list[bool]] = []
+    real = torch.ops.aten.convolution_backward
+
+    def noted(*args: Any) -> Any:
+        asked.append(list(args[-1]))
+        return real(*args)
+
+    monkeypatch.setattr(torch.ops.aten, "convolution_backward", noted)
+    uk.head_cross_entropy(x, weight, bias, target).backward()
+    assert asked == [[False, True, False]]
+
+
+def test_second_derivatives_are_torchs() -> None:
+    logits, target = _maps()
+    weight = torch.rand(2, 5, 4, dtype=torch.float64)
+    torch.autograd.gradgradcheck(lambda z: uk.weighted_cross_entropy(z, target, weight), logits.requires_grad_())
+
+
+def test_torch_func_takes_the_loss_apart() -> None:
+    logits, target = _maps()
+    leaf = logits.clone().requires_grad_()
+    want = torch.autograd.grad(uk.weighted_cross_entropy(leaf, target), leaf)[0]
+    assert torch.equal(torch.func.grad(lambda z: uk.weighted_cross_entropy(z, target))(logits), want)
+
+
 def test_class_156_of_a_uint8_map_is_not_minus_100() -> None:
     logits = torch.randn(1, 200, 2, 2)
     target = torch.full((1, 2, 2), 156)
@@ -190,6 +253,7 @@ _Z, _T = torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, dtype=torch.int64)
             "reduction must be 'none' or 'sum' or 'mean' or 'weighted_mean'",
         ),
         (_Z, _T, {"ignore_index": 1.0}, TypeError, "ignore_index must be a whole number, got 1.0"),
+        (_Z, _T, {"ignore_index": 2**70}, ValueError, "ignore_index must fit 64 bits, got 1180591620717411303424"),
         (_Z, _T.to("meta"), {}, ValueError, "target must be on cpu like logits, got meta"),
     ],
 )
