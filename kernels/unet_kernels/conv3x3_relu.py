@@ -51,10 +51,11 @@ def _masked(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
 
 def _derivatives(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
     """(dx, dweight, dbias) of the convolution of x."""
-    if x.device.type == "cpu" and needs[1] and _few_pixels(x, weight):
-        dx = _convolution_backward(dy, x, weight, [True, False, False])[0] if needs[0] else None
-        return dx, _weight_gradient(dy, x), dy.sum((0, 2, 3)) if needs[2] else None
-    return _convolution_backward(dy, x, weight, needs)
+    if not (x.device.type == "cpu" and needs[1] and _weight_is_large(x, weight)):
+        return _convolution_backward(dy, x, weight, needs)
+    dx = _convolution_backward(dy, x, weight, [True, False, False])[0] if needs[0] else None
+    derive = _weight_gradient if _few_pixels(x, weight) else _turned_weight_gradient
+    return dx, derive(dy, x, weight), dy.sum((0, 2, 3)) if needs[2] else None
 
 
 def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
@@ -63,22 +64,30 @@ def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[boo
     )
 
 
-def _few_pixels(x: Tensor, weight: Tensor) -> bool:
-    """Whether the weight is so much larger than the map that ATen's weight gradient costs more than a product.
+def _weight_is_large(x: Tensor, weight: Tensor) -> bool:
+    """Whether the weight outweighs the maps: then the memory format of its gradient is what a CPU spends on.
 
-    ATen needs three copies of it, the product fewer up to twice as many pixels as channels; in time the product wins
-    on few pixels, and otherwise loses little where the weight is small (docs/findings/0002-weight-gradient-layout.md).
+    ATen makes the gradient contiguous inside its own call and turns it there, three copies alive at once
+    (docs/findings/0002-weight-gradient-layout.md).
+    """
+    pitch = weight.stride(3)
+    # channels_last, or the channels of one map out of such a weight
+    channels_last = weight.stride() == (9 * pitch, 1, 3 * pitch, pitch) and pitch >= weight.shape[1]
+    return channels_last and 0 < x.numel() < weight.numel() and weight.numel() >= 1 << 16
+
+
+def _few_pixels(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product costs less than ATen's weight gradient.
+
+    In time it wins on few pixels and loses little where the weight is small; in memory it wins up to about twice as
+    many pixels as channels.
     """
     pixels = x.shape[0] * (x.shape[2] - 2) * (x.shape[3] - 2)
-    size = weight.numel()
-    return 0 < 2 * pixels <= 3 * weight.shape[0] and size >= 1 << 16 and (pixels <= 64 or size <= 1 << 20)
+    return 2 * pixels <= 3 * weight.shape[0] and (pixels <= 64 or weight.numel() <= 1 << 20)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dweight written in channels_last at once: a row of taps is dY^T [C_out, pixels] times X [pixels, 3 C_in].
-
-    ATen makes it contiguous and then turns it (docs/findings/0002-weight-gradient-layout.md).
-    """
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """dweight written in channels_last at once: a row of taps is dY^T [C_out, pixels] times X [pixels, 3 C_in]."""
     _, c_out, height, width = dy.shape
     c_in = x.shape[1]
     dweight = dy.new_empty((c_out, 3, 3 * c_in))
@@ -86,6 +95,15 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     for r in range(3):
         dweight[:, r] = by_channel @ _windows(x, r, height, width)
     return dweight.view(c_out, 3, 3, c_in).permute(0, 3, 1, 2)
+
+
+def _turned_weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """ATen's, turned into the weight's strides after ATen's own copies of it are gone."""
+    # of the weight ATen needs the shape; as if it were contiguous, so that the gradient comes contiguous
+    c_in = weight.shape[1]
+    shape_only = weight.detach().as_strided(weight.shape, (9 * c_in, 9, 3, 1))
+    dweight = _convolution_backward(dy.contiguous(), x.contiguous(), shape_only, [False, True, False])[1]
+    return dweight.contiguous(memory_format=torch.channels_last)
 
 
 def _windows(x: Tensor, r: int, height: int, width: int) -> Tensor:
@@ -176,9 +194,8 @@ def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) 
     if not _checks.ordinary_on_cpu(x):
         return _op(x, weight, bias, bool(relu))
     # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
-    return (
-        _OnCPU.apply(x, weight, bias, relu) if _few_pixels(x, weight) else reference.conv3x3_relu(x, weight, bias, relu)
-    )
+    call = _OnCPU.apply if _weight_is_large(x, weight) else reference.conv3x3_relu
+    return call(x, weight, bias, relu)
 
 
 def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) -> Tensor:

@@ -71,18 +71,29 @@ def test_gradients_are_as_near_as_torchs(case: str, layout: str, dtype: torch.dt
         assert_gradient(a, b, c)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_a_small_map_takes_the_product_and_it_is_the_derivative(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cat", [False, True], ids=["one map", "two maps"])
+@pytest.mark.parametrize(("side", "way"), [(6, "_weight_gradient"), (21, "_turned_weight_gradient"), (40, "")])
+def test_every_way_to_the_weight_gradient_is_the_derivative(
+    side: int, way: str, cat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from importlib import import_module
 
     module, taken = import_module("unet_kernels.conv3x3_relu"), []
-    real = module._weight_gradient
-    monkeypatch.setattr(module, "_weight_gradient", lambda *maps: taken.append(maps) or real(*maps))
-    tensors = _made("more weight than map", torch.float64, layout, "cpu")
-    dy = torch.randn_like(_torchs(*tensors))
-    for a, b in zip(*(_gradients(f, tensors, dy) for f in (_torchs, uk.conv3x3_relu)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert len(taken) == 1
+    for name in ("_weight_gradient", "_turned_weight_gradient"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *t, name=name, real=real: taken.append(name) or real(*t))
+    x = awkward(torch.randn(2, 128, side, side, dtype=torch.float64), "channels_last")
+    weight, bias = torch.randn(128, 128, 3, 3, dtype=torch.float64), torch.randn(128, dtype=torch.float64)
+    maps = [x[:, :64], x[:, 64:]] if cat else [x]
+    tensors = [*maps, awkward(weight, "channels_last"), bias]
+    spelled_out = (lambda a, b, *rest: _torchs(torch.cat([a, b], 1), *rest)) if cat else _torchs
+    ours = uk.conv3x3_relu_cat if cat else uk.conv3x3_relu
+    dy = torch.randn_like(spelled_out(*tensors))
+    pairs = list(zip(*(_gradients(f, tensors, dy) for f in (spelled_out, ours)), strict=True))
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    assert set(taken) == ({way} if way else set())
+    assert pairs[len(maps)][1].stride() == tensors[len(maps)].stride()
 
 
 def test_what_needs_no_relu_keeps_no_output() -> None:
