@@ -73,7 +73,9 @@ def _weight_is_large(x: Tensor, weight: Tensor) -> bool:
     pitch = weight.stride(3)
     # channels_last, or the channels of one map out of such a weight
     channels_last = weight.stride() == (9 * pitch, 1, 3 * pitch, pitch) and pitch >= weight.shape[1]
-    return channels_last and 0 < x.numel() < weight.numel() and weight.numel() >= 1 << 16
+    # from what size on: ATen takes another way, without these copies, where all is small
+    least = 1 << 16 if _few_pixels(x, weight) else 1 << 18
+    return channels_last and 0 < x.numel() < weight.numel() and weight.numel() >= least
 
 
 def _few_pixels(x: Tensor, weight: Tensor) -> bool:
