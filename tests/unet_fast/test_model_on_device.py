@@ -1,0 +1,80 @@
+"""FastUNet where the tests run (`--device cuda` on a GPU): the plain net's numbers, no waiting, one graph."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import unet_kernels as uk
+from tests.unet_fast.plain_unet import PlainUNet
+from unet_fast import FastUNet, geometry
+
+FEATURES = (8, 16, 32)
+TILE = geometry.legal_sizes(90, 110, 2)[0]
+
+
+def _pair(device: torch.device, dtype: torch.dtype, up_mode: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    fast = FastUNet(3, 2, FEATURES, up_mode=up_mode).to(device, dtype)
+    plain = PlainUNet(3, 2, FEATURES, up_mode=up_mode).to(device, dtype)
+    plain.load_state_dict(fast.state_dict())
+    return fast, plain, torch.rand(2, 3, TILE, TILE, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("up_mode", ["deconv", "resize"])
+def test_logits_and_gradients_are_the_plain_nets(up_mode: str, device: torch.device) -> None:
+    fast, plain, x = _pair(device, torch.float64, up_mode)
+    results = []
+    for net in (plain, fast):
+        leaf = x.clone().requires_grad_()
+        logits = net(leaf)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), [leaf, *net.parameters()])])
+    names = ["logits", "x", *dict(fast.named_parameters())]
+    theirs = dict(zip(["logits", "x", *dict(plain.named_parameters())], results[0], strict=True))
+    for name, ours in zip(names, results[1], strict=True):
+        torch.testing.assert_close(ours, theirs[name], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_trains(dtype: torch.dtype, device: torch.device) -> None:
+    fast, _, x = _pair(device, torch.float32, "deconv")
+    out = geometry.output_size(TILE, 2)
+    target = torch.randint(0, 2, (2, out, out), device=device)
+    with torch.autocast(device.type, dtype=dtype):
+        logits = fast(x)
+        loss = uk.weighted_cross_entropy(logits, target)
+    loss.backward()
+    assert (logits.dtype, loss.dtype) == (dtype, torch.float32)
+    for parameter in fast.parameters():
+        assert parameter.grad.isfinite().all()
+        assert parameter.grad.stride() == parameter.stride()
+
+
+@pytest.mark.gpu
+def test_a_training_step_never_waits_for_the_gpu(device: torch.device) -> None:
+    fast, _, x = _pair(device, torch.float32, "deconv")
+    out = geometry.output_size(TILE, 2)
+    target = torch.randint(0, 2, (2, out, out), device=device)
+    uk.weighted_cross_entropy(fast(x), target).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        uk.weighted_cross_entropy(fast(x), target).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_inference_is_captured_in_a_graph_and_replayed(device: torch.device) -> None:
+    fast, _, x = _pair(device, torch.float32, "deconv")
+    with torch.no_grad():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            fast(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            captured = fast(x)
+        other = torch.rand_like(x)
+        want = fast(other)
+        x.copy_(other)
+        graph.replay()
+    torch.testing.assert_close(captured, want, rtol=1e-4, atol=1e-4)
