@@ -1,7 +1,6 @@
 """What every test has: a device, a seed, and a reason beside every skip."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,16 +49,3 @@ def on_device(device: torch.device) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(20150518)
-
-
-@pytest.fixture(scope="session")
-def no_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """ "" if a C++ compiler works here, else why the test that needs one is skipped."""
-    source = tmp_path_factory.mktemp("compiler") / "nothing.cpp"
-    source.write_text("int main() { return 0; }\n")
-    compiler = os.environ.get("CXX", "g++")
-    try:
-        done = subprocess.run([compiler, str(source), "-o", str(source.with_suffix(""))], capture_output=True)
-    except OSError as error:
-        return f"no C++ compiler: {error}"
-    return "" if done.returncode == 0 else f"{compiler} does not work: exit code {done.returncode}"
