@@ -8,21 +8,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import geometry
+    from . import geometry, metrics
+    from .augment import ElasticWarp
+    from .config import TrainConfig
+    from .data import class_balance
+    from .loss import BorderWeightedCrossEntropy
     from .model import FastUNet
+    from .normalisation import Normalisation
+    from .storage import load, save
+    from .tiling import plan_tiles, predict
+    from .training import train
 
-__all__ = ["FastUNet", "__version__", "geometry"]
+__all__ = [
+    "BorderWeightedCrossEntropy",
+    "ElasticWarp",
+    "FastUNet",
+    "Normalisation",
+    "TrainConfig",
+    "__version__",
+    "class_balance",
+    "geometry",
+    "load",
+    "metrics",
+    "plan_tiles",
+    "predict",
+    "save",
+    "train",
+]
 
 __version__ = "0.1.0"
 
-_HOMES = {"FastUNet": "model"}
+_HOMES = {
+    "BorderWeightedCrossEntropy": "loss",
+    "ElasticWarp": "augment",
+    "FastUNet": "model",
+    "Normalisation": "normalisation",
+    "TrainConfig": "config",
+    "class_balance": "data",
+    "load": "storage",
+    "plan_tiles": "tiling",
+    "predict": "tiling",
+    "save": "storage",
+    "train": "training",
+}
+_MODULES = ("geometry", "metrics")
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    if name == "geometry":
-        return import_module(".geometry", __name__)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

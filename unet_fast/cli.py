@@ -1,21 +1,92 @@
 """The command line. Each verb imports what it needs when it is called, so that `--help` answers at once."""
 
 import json
-from typing import Annotated
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from . import __version__
+from .errors import BadInput
 
 __all__ = ["app", "main"]
 
+BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 3, 4, 130
+
 app = typer.Typer(
     name="unet-fast",
-    help="U-Net for microscopy: exact, fast, inside a memory budget.",
+    help="U-Net for microscopy: train on your images, segment new ones, measure how well.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
+
+
+class LabelKind(StrEnum):
+    AUTO = "auto"
+    BINARY = "binary"
+    CLASS = "class"
+    INSTANCE = "instance"
+
+
+class Output(StrEnum):
+    LABELS = "labels"
+    INSTANCES = "instances"
+    PROBABILITIES = "probabilities"
+
+
+class Scaling(StrEnum):
+    PERCENTILE = "percentile"
+    RANGE = "range"
+    NONE = "none"
+
+
+class UpMode(StrEnum):
+    DECONV = "deconv"
+    RESIZE = "resize"
+
+
+_IMAGES = "Image file or folder (TIFF, OME-TIFF, PNG; stacks too)."
+_LABELS = "Label file or folder: names equal the images', or x_mask for x; or a folder with images/ and masks/ in it."
+_JSON = "Print data on stdout and nothing else."
+_AXES = "Axes of the image files, where they do not say: YX, CYX, YXC, ZYX, ZCYX."
+_KIND = "What label values are: a mask (binary), classes, or one value per cell (instance)."
+_IGNORE = "Label value that does not count."
+
+Images = Annotated[Path, typer.Option("--images", "-i", help=_IMAGES)]
+Labels = Annotated[Path, typer.Option("--labels", help=_LABELS)]
+Axes = Annotated[str | None, typer.Option(help=_AXES)]
+Kind = Annotated[LabelKind, typer.Option("--label-kind", help=_KIND)]
+Ignore = Annotated[int | None, typer.Option(help=_IGNORE)]
+AsJson = Annotated[bool, typer.Option("--json", help=_JSON)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Errors that are the user's to mend are one sentence and an exit code; UNET_FAST_DEBUG=1 shows where."""
+    try:
+        yield
+    except (BadInput, OSError) as error:
+        _stop(str(error), BAD_INPUT)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        _stop(f"out of memory; a smaller --tile needs less ({str(error).splitlines()[0]})", OUT_OF_MEMORY)
+    except KeyboardInterrupt:
+        _stop("interrupted", INTERRUPTED)
+
+
+def _stop(sentence: str, code: int) -> None:
+    if os.environ.get("UNET_FAST_DEBUG"):
+        raise
+    typer.echo(f"error: {sentence}", err=True)
+    raise typer.Exit(code) from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -34,16 +105,191 @@ def _frame(
 
 
 @app.command()
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print data on stdout and nothing else.")] = False,
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything it makes.")] = Path("unet_fast_demo"),
+    seed: Annotated[int, typer.Option(help="Another seed, other cells.")] = 0,
+    quick: Annotated[bool, typer.Option(help="A few steps only, to see that all of it runs.")] = False,
 ) -> None:
+    """Show the whole job on synthetic touching cells: train, predict, evaluate, pictures. Needs nothing else."""
+    with _sentences():
+        from .demo import run
+
+        run(out, seed=seed, quick=quick)
+
+
+@app.command()
+def train(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the run.")] = None,
+    images: Annotated[Path | None, typer.Option("--images", "-i", help=_IMAGES)] = None,
+    labels: Annotated[Path | None, typer.Option("--labels", help=_LABELS)] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings; flags win.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the run in --out from its last checkpoint.")] = False,
+    label_kind: Annotated[LabelKind | None, typer.Option(help=_KIND + " Default: auto.")] = None,
+    ignore: Ignore = None,
+    axes: Axes = None,
+    normalisation: Annotated[
+        Scaling | None,
+        typer.Option("--normalise", help="Grey values: percentile of each image (default), range, none."),
+    ] = None,
+    low: Annotated[float | None, typer.Option(help="Percentile (1) or grey value that becomes 0.")] = None,
+    high: Annotated[float | None, typer.Option(help="Percentile (99.8) or grey value that becomes 1.")] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Channels per level, such as 16,32,64,128. Default: the paper's 64,...,1024.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option("--classes", "-c", help="Classes, background included.")] = None,
+    up_mode: Annotated[UpMode | None, typer.Option(help="Up-convolution: deconv (default) or resize.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout at the bottom of the net, default 0.5.")] = None,
+    tile: Annotated[
+        int | None, typer.Option(help="Side of a training tile; default: fits the images, 572 at most.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", "-b", help="Tiles a step, default 1.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, default 10000.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", "-e", help="Instead of steps: passes over the images.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option("--lr", "-l", help="Learning rate, default 0.005.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Momentum, default 0.99.")] = None,
+    border_weight: Annotated[
+        float | None, typer.Option(help="Weight of the border between touching cells, default 10; 0: none.")
+    ] = None,
+    border_sigma: Annotated[float | None, typer.Option(help="Its width in pixels, default 5.")] = None,
+    elastic: Annotated[float | None, typer.Option(help="Elastic deformation, sd in pixels, default 10.")] = None,
+    rotate: Annotated[bool | None, typer.Option(help="Rotate at random.")] = None,
+    mirror: Annotated[bool | None, typer.Option(help="Mirror at random.")] = None,
+    grey: Annotated[float | None, typer.Option(help="Strength of grey-value changes, 0 to 1, default 0.5.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of images kept for validation, default 0.1.")] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same run.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a U-Net on images and labels, as the paper did; everything about the run lies in --out."""
+    given = {k: v for k, v in locals().items() if k not in ("config", "resume", "quiet", "features")}
+    given = {k: v.value if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None}
+    with _sentences():
+        if features is not None:
+            given["features"] = _numbers("features", features)
+        from .config import TrainConfig
+        from .figures import draw_curves
+        from .training import resumed_config, train
+
+        if resume:
+            if out is None:
+                raise BadInput("resume needs --out, the run to continue")
+            settings = resumed_config(**{"out": out, **given})
+        elif config is not None:
+            settings = TrainConfig.read(config, **given)
+        else:
+            settings = TrainConfig.from_dict(given)
+        result = train(settings, resume=resume, progress=not quiet)
+        draw_curves(result.run / "curves.png", {result.run.name: result.log})
+        typer.echo(f"best model (step {result.best_step}): {result.run / 'model.safetensors'}", err=True)
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(" ", "").split(",")]
+    except ValueError:
+        raise BadInput(f"{name} must be whole numbers with commas between, such as 16,32,64, got {text!r}") from None
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Option("--model", "-m", help="Training run, or a model.safetensors.")],
+    images: Images,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder, or a .tif or .png for a single image.")],
+    output: Annotated[Output, typer.Option(help="Classes, numbered cells, or the probability of each class.")] = (
+        Output.LABELS
+    ),
+    tile: Annotated[int | None, typer.Option(help="Side of a tile; default: fits the image.")] = None,
+    axes: Axes = None,
+    min_pixels: Annotated[int, typer.Option(help="Drop smaller cells (instances only).", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Segment images of any size; results have the images' size and names."""
+    with _sentences():
+        from .prediction import predict_files
+        from .storage import load, pick_device
+
+        net = load(model).to(pick_device(device))
+        written = predict_files(
+            net,
+            images,
+            out,
+            output=output.value,
+            axes=axes,
+            tile_in=tile,
+            min_pixels=min_pixels,
+            progress=not quiet,
+        )
+        what = written[0] if len(written) == 1 else f"{len(written)} files in {written[0].parent}"
+        typer.echo(f"{output.value}: {what}", err=True)
+
+
+@app.command()
+def evaluate(
+    pred: Annotated[Path, typer.Option("--pred", "-p", help="Predicted labels, cells or probabilities.")],
+    truth: Annotated[Path, typer.Option("--truth", help="True labels.")],
+    label_kind: Kind = LabelKind.AUTO,
+    ignore: Ignore = None,
+    metrics: Annotated[str | None, typer.Option(help="Of iou, dice, pixel_error, cells; default: all.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare predictions with the truth: a row per image, and overall."""
+    with _sentences():
+        from .evaluation import METRICS, evaluate
+
+        wanted = METRICS if metrics is None else tuple(metrics.replace(" ", "").split(","))
+        report = evaluate(pred, truth, kind=label_kind.value, ignore=ignore, wanted=wanted)
+        for names, what in (
+            (report.without_prediction, "truth without a prediction"),
+            (report.without_truth, "predictions without truth"),
+        ):
+            if names:
+                more = ", ..." if len(names) > 3 else ""
+                typer.echo(f"note: {len(names)} {what} ({', '.join(names[:3])}{more})", err=True)
+        typer.echo(_data(report.as_dict()) if as_json else report.table())
+
+
+@app.command("check-data")
+def check_data(
+    images: Images,
+    labels: Labels,
+    label_kind: Kind = LabelKind.AUTO,
+    ignore: Ignore = None,
+    axes: Axes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at images and labels, and list everything that training would trip over."""
+    with _sentences():
+        from .checking import check_data
+
+        found = check_data(images, labels, kind=label_kind.value, ignore=ignore, axes=axes)
+        typer.echo(_data(found.as_dict()) if as_json else found.render())
+        if found.problems:
+            raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
     """Show versions, devices, native libraries, and which implementation each operation takes here and why."""
     from . import doctor
 
     found = doctor.examine()
-    typer.echo(json.dumps(found, indent=2) if as_json else doctor.render(found))
+    typer.echo(_data(found) if as_json else doctor.render(found))
+
+
+def _data(value: Any) -> str:
+    return json.dumps(value, indent=2)
 
 
 def main() -> None:
-    """Entry point of the `unet-fast` command. Exit codes: 0 ok, 2 usage."""
-    app()
+    """Entry point of the `unet-fast` command.
+
+    Exit codes: 0 ok, 2 usage, 3 bad input, 4 out of memory, 130 interrupted.
+    """
+    try:
+        app()
+    except KeyboardInterrupt:  # before a verb began
+        sys.exit(INTERRUPTED)

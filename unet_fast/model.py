@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import unet_kernels
 
 from . import geometry
+from .normalisation import Normalisation
 
 __all__ = ["FastUNet"]
 
@@ -157,6 +158,9 @@ class FastUNet(nn.Module):
         skips: False leaves the skip connections out, the paper's ablation.
         dropout: probability, on the two deepest levels of the contracting path, before pool and skip.
 
+    `normalisation`, None or a `Normalisation`, is what `unet_fast.predict` applies to images first; `unet_fast.save`
+    keeps it with the weights.
+
     Raises:
         TypeError: a setting has the wrong type.
         ValueError: a setting is out of range; in `forward`, an input of the wrong shape, or of a size that cannot be
@@ -196,6 +200,18 @@ class FastUNet(nn.Module):
             raise ValueError(f"dropout must be a probability, at least 0 and below 1, got {dropout!r}")
         self.features, self.padding, self.up_mode = features, padding, up_mode
         self._in_channels, self._out_channels = in_channels, out_channels
+        self._settings = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "features": list(features),
+            "padding": padding,
+            "up_mode": up_mode,
+            "up_activation": up_activation,
+            "last_up_channels": last_up_channels,
+            "skips": skips,
+            "dropout": float(dropout),
+        }
+        self.normalisation: Normalisation | None = None
 
         depth = len(features) - 1
         widths = (in_channels, *features)
@@ -228,6 +244,11 @@ class FastUNet(nn.Module):
     def depth(self) -> int:
         """Number of poolings."""
         return len(self.up)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was built with: `FastUNet(**net.settings)` has the same shapes."""
+        return dict(self._settings)
 
     @property
     def in_channels(self) -> int:

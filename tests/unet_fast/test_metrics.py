@@ -1,0 +1,489 @@
+"""Proves that `unet_fast.metrics` counts what its definitions say.
+
+Every number is compared with loops over pixels and cells that are written from the definitions, on maps small enough
+for ties to be common; the pixel error also with the values of the challenge's own program on the challenge's own
+labels. Scores must not depend on how cells are numbered, how images lie, or how a stack was cut into slices.
+"""
+
+import doctest
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.proof.properties import given, settings, st
+from unet_fast import metrics
+from unet_fast.metrics import InstanceScores, components, dice, instance_scores, iou, pixel_error, seg
+
+ROOT = Path(__file__).parents[2]
+ISBI = Path(os.environ.get("UNET_FAST_DATA", ROOT / "../shared/data")) / "isbi2012"
+
+ordinary = settings(derandomize=True, database=None, deadline=None, max_examples=100)
+
+APS = [Fraction(n, 20) for n in range(10, 19)]
+SHAPE = (2, 3, 5)
+
+
+def stacks(low: int, high: int) -> Any:
+    """Stacks of SHAPE with whole numbers from low to high; half of them coarse, so that cells have areas."""
+    d, h, w = SHAPE
+    fine = st.lists(st.integers(low, high), min_size=d * h * w, max_size=d * h * w)
+    coarse = st.lists(st.integers(low, high), min_size=d * w, max_size=d * w)
+    return st.one_of(
+        fine.map(lambda values: np.array(values, np.int32).reshape(SHAPE)),
+        coarse.map(lambda values: np.repeat(np.array(values, np.int32).reshape(d, 1, w), h, axis=1)),
+    )
+
+
+# on, just above and just below every threshold, in both precisions, and anything
+EDGES = [float(x) for k in range(11) for c in (np.float64(k / 10), np.float32(k / 10)) for x in (c, np.nextafter(c, 2))]
+probabilities = st.lists(
+    st.one_of(st.sampled_from(EDGES), st.floats(0, 1)), min_size=int(np.prod(SHAPE)), max_size=int(np.prod(SHAPE))
+).map(lambda values: np.array(values).reshape(SHAPE))
+
+
+def kept(prediction: np.ndarray, truth: np.ndarray) -> list[tuple[Any, Any]]:
+    """(predicted, true) of each pixel that is not ignored."""
+    return [(p, t) for p, t in zip(prediction.ravel().tolist(), truth.ravel().tolist(), strict=True) if t >= 0]
+
+
+def cells_of(image: np.ndarray, truth: np.ndarray) -> dict[int, set[tuple[int, int]]]:
+    """The pixels of each cell of a slice, without those that the truth ignores."""
+    cells: dict[int, set[tuple[int, int]]] = {}
+    for y, x in np.ndindex(*image.shape):
+        if truth[y, x] >= 0 and image[y, x] > 0:
+            cells.setdefault(int(image[y, x]), set()).add((y, x))
+    return cells
+
+
+def most_pairs(choices: list[list[int]]) -> int:
+    """Size of the greatest one-to-one matching, by trying everything."""
+    if not choices:
+        return 0
+    rest = choices[1:]
+    taking = [1 + most_pairs([[s for s in more if s != mine] for more in rest]) for mine in choices[0]]
+    return max([most_pairs(rest), *taking])
+
+
+def close(a: set[tuple[int, int]], b: set[tuple[int, int]]) -> bool:
+    return any(max(abs(y - v), abs(x - u)) <= 1 for y, x in a for v, u in b)
+
+
+def scores_by_hand(prediction: np.ndarray, truth: np.ndarray) -> InstanceScores:
+    """One slice, cell by cell."""
+    true, predicted = cells_of(truth, truth), cells_of(prediction, truth)
+    ious = {r: {s: Fraction(len(R & S), len(R | S)) for s, S in predicted.items()} for r, R in true.items()}
+    pairs = [(a, b) for a in true for b in true if a < b and close(true[a], true[b])]
+
+    def home(r: int) -> int | None:
+        return next(
+            (s for s, S in predicted.items() if Fraction(len(true[r] & S), len(true[r])) > Fraction(1, 2)), None
+        )
+
+    def pieces(R: set[tuple[int, int]]) -> list[set[tuple[int, int]]]:
+        return [S for S in predicted.values() if len(R & S) > len(S) / 2 and len(R & S) >= Fraction(len(R), 10)]
+
+    return InstanceScores(
+        true_cells=len(true),
+        predicted_cells=len(predicted),
+        iou_sum=float(sum(max(of.values(), default=Fraction(0)) for of in ious.values())),
+        matched=tuple(most_pairs([[s for s, v in of.items() if v >= t] for of in ious.values()]) for t in APS),
+        touching_pairs=len(pairs),
+        merged_pairs=sum(home(a) is not None and home(a) == home(b) for a, b in pairs),
+        split_cells=sum(len(pieces(R)) > 1 for R in true.values()),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- pixels
+
+
+@given(probabilities, stacks(-1, 2), st.sampled_from([np.float32, np.float64]))
+@ordinary
+def test_pixel_error_is_one_less_the_greatest_f1_of_eleven_thresholds(prediction, truth, dtype) -> None:
+    prediction = prediction.astype(dtype)
+    pixels, expected = kept(prediction.astype(np.float32), truth), []
+    for threshold in accumulate([0.0, *[0.1] * 10]):
+        tp = sum(p > threshold and t > 0 for p, t in pixels)
+        fp = sum(p > threshold and t == 0 for p, t in pixels)
+        fn = sum(p <= threshold and t > 0 for p, t in pixels)
+        precision, recall = tp / (tp + fp) if tp + fp else None, tp / (tp + fn) if tp + fn else None
+        f_score = 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+        row = {"threshold": threshold, "tp": tp, "fp": fp, "fn": fn}
+        expected.append({**row, "precision": precision, "recall": recall, "f_score": f_score})
+    parts = pixel_error(prediction, truth, parts=True)
+    assert parts["thresholds"] == expected
+    best = next(row for row in expected if row["f_score"] == max(row["f_score"] for row in expected))
+    assert [parts[k] for k in ("threshold", "precision", "recall", "f_score")] == [
+        best[k] for k in ("threshold", "precision", "recall", "f_score")
+    ]
+    assert pixel_error(prediction, truth) == parts["error"] == 1 - best["f_score"]
+
+
+def test_pixel_error_adds_its_thresholds_up_in_double() -> None:
+    thresholds = [row["threshold"] for row in pixel_error([[1.0]], [[1]], parts=True)["thresholds"]]
+    assert len(thresholds) == 11
+    assert thresholds[3] == 0.30000000000000004
+    assert thresholds[-1] == 0.9999999999999999
+    # so a probability of 1 is above all eleven, and float32(0.3) is above the fourth though the double 0.3 is not
+    counted = pixel_error([[1.0, 0.3]], [[1, 1]], parts=True)["thresholds"]
+    assert [row["tp"] for row in counted] == [2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("b", 0.0), ("shift1", 0.027518), ("blur", 0.004352)])
+def test_pixel_error_is_what_the_program_of_the_challenge_prints(name: str, expected: float) -> None:
+    if not (ISBI / "train-labels.tif").is_file():
+        pytest.skip(f"no {ISBI / 'train-labels.tif'}: UNET_FAST_DATA names the folder with isbi2012/")
+    tifffile = pytest.importorskip("tifffile")
+    ndimage = pytest.importorskip("scipy.ndimage")
+    truth = tifffile.imread(ISBI / "train-labels.tif", key=range(3))
+    b = (truth > 0).astype(np.float32)
+    made: dict[str, Callable[[], np.ndarray]] = {
+        "b": lambda: b,
+        "shift1": lambda: np.roll(b, 1, axis=2),
+        "blur": lambda: np.stack([ndimage.gaussian_filter(each, 1.5) for each in b]),
+    }
+    assert round(pixel_error(made[name](), truth), 6) == expected
+
+
+@given(probabilities, stacks(-1, 2))
+@ordinary
+def test_iou_and_dice_count_the_pixels_of_both_foregrounds(prediction, truth) -> None:
+    pixels = kept(prediction, truth)
+    counts = {
+        "tp": sum(p > 0.5 and t > 0 for p, t in pixels),
+        "fp": sum(p > 0.5 and t == 0 for p, t in pixels),
+        "fn": sum(p <= 0.5 and t > 0 for p, t in pixels),
+        "tn": sum(p <= 0.5 and t == 0 for p, t in pixels),
+    }
+    wrong = counts["fp"] + counts["fn"]
+    of_iou = counts["tp"] / (counts["tp"] + wrong) if counts["tp"] + wrong else 1.0
+    of_dice = 2 * counts["tp"] / (2 * counts["tp"] + wrong) if counts["tp"] + wrong else 1.0
+    assert iou(prediction, truth, parts=True) == {"iou": of_iou, **counts}
+    assert dice(prediction, truth, parts=True) == {"dice": of_dice, **counts}
+    assert (iou(prediction, truth), dice(prediction, truth)) == (of_iou, of_dice)
+
+
+def test_two_empty_foregrounds_agree_but_a_pixel_error_needs_a_cell() -> None:
+    nothing = np.zeros((3, 4))
+    assert (iou(nothing, nothing), dice(nothing, nothing), pixel_error(nothing, nothing)) == (1.0, 1.0, 1.0)
+    assert pixel_error(nothing, nothing, parts=True)["recall"] is None
+
+
+@given(probabilities, stacks(-1, 2))
+@ordinary
+def test_counts_of_a_stack_are_the_sums_of_those_of_its_slices(prediction, truth) -> None:
+    whole = pixel_error(prediction, truth, parts=True)["thresholds"]
+    slices = [pixel_error(p, t, parts=True)["thresholds"] for p, t in zip(prediction, truth, strict=True)]
+    for name in ("tp", "fp", "fn"):
+        assert [row[name] for row in whole] == [sum(row[name] for row in rows) for rows in zip(*slices, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float16, np.float32, np.float64])
+def test_any_kind_of_number_is_a_mask_and_255_is_a_cell(dtype) -> None:
+    cell = 1 if dtype in (bool,) else 255
+    mask = np.array([[cell, 0, cell], [0, 0, cell]]).astype(dtype)
+    for measure in (iou, dice):
+        assert measure(mask, mask) == 1.0
+    assert pixel_error(mask, mask) == 0.0
+    assert pixel_error(mask > 0, mask.tolist()) == pixel_error(torch.from_numpy(mask), mask) == 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- objects
+
+
+@given(stacks(0, 4), stacks(-1, 3))
+@ordinary
+def test_seg_is_the_mean_jaccard_index_of_true_objects_and_their_majority_match(prediction, truth) -> None:
+    frames, ids, jaccard, matched = [], [], [], 0
+    for frame, (p, t) in enumerate(zip(prediction, truth, strict=True)):
+        predicted = cells_of(p, t)
+        for r, R in sorted(cells_of(t, t).items()):
+            good = [S for S in predicted.values() if 2 * len(R & S) > len(R)]
+            assert len(good) < 2
+            frames.append(frame)
+            ids.append(r)
+            jaccard.append(len(R & good[0]) / len(R | good[0]) if good else 0.0)
+            matched += len(good)
+    parts = seg(prediction, truth, parts=True)
+    mean = parts.pop("seg")
+    expected = {"objects": len(ids), "matched": matched, "frame": frames, "id": ids, "jaccard": jaccard}
+    assert parts == expected
+    assert mean == (pytest.approx(sum(jaccard) / len(jaccard)) if jaccard else None)
+    assert seg(prediction, truth) == mean
+
+
+def test_seg_asks_for_more_than_half_and_forgives_what_lies_elsewhere() -> None:
+    truth = np.array([[1, 1, 1, 1, 0, 0, 0]])
+    assert seg([[1, 1, 0, 0, 0, 0, 0]], truth) == 0.0
+    assert seg([[1, 1, 1, 0, 0, 0, 0]], truth) == 0.75
+    assert seg([[1, 1, 1, 1, 0, 2, 3]], truth) == 1.0
+    assert seg([[1, 1, 1, 1, 1, 1, 1]], truth) == pytest.approx(4 / 7)
+
+
+def test_seg_takes_an_id_for_another_object_in_every_frame() -> None:
+    truth = np.array([[[1, 1, 0]], [[1, 0, 0]]])
+    prediction = np.array([[[2, 2, 0]], [[0, 2, 0]]])
+    assert seg(prediction, truth) == 0.5
+    assert seg(prediction, truth, parts=True)["jaccard"] == [1.0, 0.0]
+
+
+@given(stacks(-1, 1), st.sampled_from([4, 8]))
+@ordinary
+def test_components_are_what_a_flood_fills(mask, connectivity: int) -> None:
+    found = components(mask, connectivity)
+    assert (found.dtype, found.shape) == (np.int32, mask.shape)
+    np.testing.assert_array_equal(found < 0, mask < 0)
+    for given_, labelled in zip(mask, found, strict=True):
+        left = cells_of(given_, given_).get(1, set())
+        floods = []
+        while left:
+            flood, edge = set(), [left.pop()]
+            while edge:
+                y, x = edge.pop()
+                flood.add((y, x))
+                around = [(v, u) for v, u in left if max(abs(v - y), abs(u - x)) <= 1]
+                edge += [(v, u) for v, u in around if connectivity == 8 or v == y or u == x]
+                left -= set(edge)
+            floods.append(flood)
+        cells = cells_of(labelled, given_)
+        assert sorted(cells) == list(range(1, len(floods) + 1))
+        assert sorted(map(sorted, cells.values())) == sorted(map(sorted, floods))
+        np.testing.assert_array_equal(components(given_, connectivity), labelled)
+
+
+# ---------------------------------------------------------------------------------------------------- cells
+
+
+@given(stacks(0, 4), stacks(-1, 4))
+@ordinary
+def test_instance_scores_are_those_of_loops_over_cells(prediction, truth) -> None:
+    for p, t in zip(prediction, truth, strict=True):
+        scores, expected = instance_scores(p, t), scores_by_hand(p, t)
+        assert scores.iou_sum == pytest.approx(expected.iou_sum, abs=1e-12)
+        sums = {"iou_sum": 0.0}
+        assert InstanceScores(**{**vars(scores), **sums}) == InstanceScores(**{**vars(expected), **sums})
+
+
+@given(stacks(0, 4), stacks(-1, 4))
+@ordinary
+def test_scores_of_a_stack_are_the_sum_of_the_scores_of_its_slices(prediction, truth) -> None:
+    slices = [instance_scores(p, t) for p, t in zip(prediction, truth, strict=True)]
+    assert instance_scores(prediction, truth) == slices[0] + slices[1] == slices[1] + slices[0]
+    assert sum(slices, InstanceScores()) == slices[0] + slices[1]
+
+
+@given(stacks(0, 4), stacks(-1, 4), st.permutations([3, 900, 901, 70_000, 2**31 - 1]))
+@ordinary
+def test_how_cells_are_numbered_and_images_lie_changes_nothing(prediction, truth, names) -> None:
+    names = np.array([0, *names, -1])
+    scores, value = instance_scores(prediction, truth), seg(prediction, truth)
+    renamed = names[prediction], names[truth]
+    assert instance_scores(*renamed) == scores
+    assert seg(*renamed) == value
+    for turn in (lambda a: a[:, ::-1], lambda a: a[:, :, ::-1], lambda a: a.swapaxes(1, 2)):
+        assert instance_scores(turn(prediction), turn(truth)) == scores
+    assert instance_scores(renamed[0].astype(np.uint64), renamed[1].astype(np.int64)) == scores
+
+
+@given(stacks(0, 4), stacks(-1, 4), stacks(-3, 9))
+@ordinary
+def test_what_is_predicted_on_ignored_pixels_changes_nothing(prediction, truth, noise) -> None:
+    spoilt = np.where(truth < 0, noise, prediction)
+    assert instance_scores(spoilt, truth) == instance_scores(prediction, truth)
+    for measure in (seg, iou, dice, pixel_error):
+        assert measure(spoilt, truth, parts=True) == measure(prediction, truth, parts=True)
+
+
+@given(stacks(-1, 4))
+@ordinary
+def test_a_truth_is_perfect_for_itself(truth) -> None:
+    scores = instance_scores(truth, truth)
+    if scores.true_cells:
+        assert (scores.mean_iou, scores.mean_average_precision, seg(truth, truth)) == (1.0, 1.0, 1.0)
+    assert (scores.merged_pairs, scores.split_cells) == (0, 0)
+
+
+@pytest.mark.parametrize("twentieths", range(9, 21))
+def test_an_iou_of_exactly_a_threshold_is_a_match(twentieths: int) -> None:
+    truth = np.ones((4, 5), int)
+    prediction = (np.arange(20) < twentieths).reshape(4, 5).astype(int)
+    scores = instance_scores(prediction, truth)
+    assert scores.matched == tuple(int(twentieths >= n) for n in range(10, 19))
+    assert list(scores.average_precision.values()) == [float(m) for m in scores.matched]
+
+
+def test_two_halves_of_a_cell_are_one_match_at_an_iou_of_a_half() -> None:
+    halves, whole = np.array([[1, 2]]), np.array([[1, 1]])
+    for prediction, truth in ((halves, whole), (whole, halves)):
+        scores = instance_scores(prediction, truth)
+        assert scores.matched == (1, 0, 0, 0, 0, 0, 0, 0, 0)
+        assert scores.average_precision["0.50"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("truth", "pairs"),
+    [
+        ([[1, 2]], 1),
+        ([[1], [2]], 1),
+        ([[1, 0], [0, 2]], 1),
+        ([[0, 1], [2, 0]], 1),
+        ([[1, 0, 2]], 0),
+        ([[1, -1, 2]], 0),
+        ([[1, 2, 1, 2]], 1),
+        ([[1, 2], [3, 4]], 6),
+    ],
+    ids=str,
+)
+def test_cells_touch_by_sides_and_corners_and_each_pair_counts_once(truth: list[list[int]], pairs: int) -> None:
+    scores = instance_scores(np.ones_like(truth), truth)
+    assert (scores.touching_pairs, scores.merged_pairs) == (pairs, pairs)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "merged"),
+    [
+        ([[7, 7, 7, 7, 7, 7]], 1),
+        ([[7, 7, 0, 0, 7, 7]], 1),
+        ([[7, 7, 0, 7, 0, 0]], 0),  # a third of the second cell is not most of it
+        ([[7, 7, 7, 8, 8, 8]], 0),
+        ([[0, 0, 0, 0, 0, 0]], 0),
+    ],
+    ids=str,
+)
+def test_a_pair_is_merged_when_most_of_both_lies_in_one_cell(prediction: list[list[int]], merged: int) -> None:
+    assert instance_scores(prediction, [[1, 1, 1, 2, 2, 2]]).merged_pairs == merged
+    assert instance_scores([[*prediction[0][:3], 7, *prediction[0][3:]]], [[1, 1, 1, 0, 2, 2, 2]]).merged_pairs == 0
+
+
+@pytest.mark.parametrize(
+    ("pieces", "split"),
+    [((18, 2), 1), ((19, 1), 0), ((10, 10), 1), ((2, 2), 1), ((20,), 0), ((1,) * 20, 0), ((5, 5, 5, 5), 1)],
+    ids=str,
+)
+def test_a_cell_is_split_by_two_pieces_of_a_tenth_of_it(pieces: tuple[int, ...], split: int) -> None:
+    prediction = np.zeros((2, 20), int)
+    prediction[0, : sum(pieces)] = np.repeat(np.arange(len(pieces)) + 1, pieces)
+    truth = np.array([[1] * 20, [0] * 20])
+    assert instance_scores(prediction, truth).split_cells == split
+    # a predicted cell with only half of its area inside is no piece
+    prediction[1] = np.where(prediction[0] == 1, 1, 0)
+    assert instance_scores(prediction, truth).split_cells == (1 if len(pieces) > 2 and split else 0)
+
+
+def test_scores_are_json_and_a_ratio_without_a_denominator_is_null() -> None:
+    nothing = np.zeros((2, 2), int)
+    for prediction, truth in ((nothing, nothing), (nothing + 1, nothing), (nothing, nothing + 1)):
+        scores = instance_scores(prediction, truth).as_dict()
+        for value in (
+            scores,
+            *(measure(prediction, truth, parts=True) for measure in (seg, iou, dice, pixel_error)),
+        ):
+            assert json.loads(json.dumps(value, allow_nan=False)) == value
+    empty = InstanceScores()
+    assert instance_scores(nothing, nothing) == empty
+    assert (empty.mean_iou, empty.mean_average_precision, empty.average_precision["0.90"]) == (None, None, None)
+    assert seg(nothing, nothing) is None
+    missed = instance_scores(nothing, nothing + 1)
+    assert (missed.mean_iou, missed.mean_average_precision) == (0.0, 0.0)
+    with pytest.raises(TypeError):
+        empty + 1
+
+
+def test_two_thousand_cells_are_not_counted_one_by_one() -> None:
+    generator = np.random.default_rng(0)
+    truth = np.kron(np.arange(1, 2026).reshape(45, 45), np.ones((12, 12), int))[:512, :512]
+    prediction = np.where(generator.random(truth.shape) < 0.1, 0, np.roll(truth, 2, axis=1))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        instance_scores(prediction, truth)
+        return time.perf_counter() - start
+
+    # 0.03 s; to compare the whole image with each id takes 0.2 s, and a cell needs several such passes
+    assert min(seconds() for _ in range(5)) < 0.2
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+EVERY = {"pixel_error": pixel_error, "iou": iou, "dice": dice, "seg": seg, "instance_scores": instance_scores}
+OF_PIXELS = {name: EVERY[name] for name in ("pixel_error", "iou", "dice")}
+OF_IDS = {name: EVERY[name] for name in ("seg", "instance_scores")}
+
+
+@pytest.mark.parametrize("measure", EVERY.values(), ids=EVERY.keys())
+def test_shapes_are_checked_by_name(measure) -> None:
+    here = np.ones((3, 4), int)
+    refused = {
+        "prediction and truth must have one shape, got (3, 4) and (3, 5)": (here, np.ones((3, 5), int)),
+        "prediction and truth must have one shape, got (3, 4) and (1, 3, 4)": (here, here[None]),
+        "prediction must be [H, W] or [D, H, W] with at least one pixel, got shape (4,)": (here[0], here),
+        "truth must be [H, W] or [D, H, W] with at least one pixel, got shape (0, 4)": (here, here[:0]),
+        "truth must be [H, W] or [D, H, W] with at least one pixel, got shape (1, 1, 3, 4)": (here, here[None, None]),
+    }
+    for sentence, arguments in refused.items():
+        with pytest.raises(ValueError, match="shape") as caught:
+            measure(*arguments)
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("measure", OF_PIXELS.values(), ids=OF_PIXELS.keys())
+def test_nan_and_what_is_no_number_are_refused(measure) -> None:
+    here, spoilt = np.ones((2, 2)), np.array([[1, np.nan], [0, 1]])
+    with pytest.raises(ValueError, match=r"^prediction must not be NaN, got 1 of 4 pixels that are$"):
+        measure(spoilt, here)
+    with pytest.raises(ValueError, match=r"^truth must not be NaN, got 1 of 4 pixels that are$"):
+        measure(here, spoilt)
+    with pytest.raises(TypeError, match=r"^prediction must be boolean, integer or float, got complex128$"):
+        measure(here + 0j, here)
+
+
+@pytest.mark.parametrize("measure", OF_IDS.values(), ids=OF_IDS.keys())
+@pytest.mark.parametrize("dtype", [np.float32, bool])
+def test_instance_maps_are_integers(measure, dtype) -> None:
+    here = np.ones((2, 2), int)
+    for name, arguments in (("prediction", (here.astype(dtype), here)), ("truth", (here, here.astype(dtype)))):
+        sentence = f"{name} must hold integer ids, got {np.dtype(dtype)}; components(mask) makes them of a mask"
+        with pytest.raises(TypeError) as caught:
+            measure(*arguments)
+        assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize("measure", OF_IDS.values(), ids=OF_IDS.keys())
+def test_a_predicted_id_is_not_negative(measure) -> None:
+    with pytest.raises(ValueError, match=r"^prediction must hold ids of 0 \(background\) or more, got -3$"):
+        measure([[1, -3]], [[1, 0]])
+
+
+def test_components_refuse_probabilities_and_other_neighbourhoods() -> None:
+    with pytest.raises(
+        TypeError, match=r"^mask must be boolean or integer, got float64; compare with a threshold first$"
+    ):
+        components([[0.5]])
+    with pytest.raises(ValueError, match=r"^connectivity must be 4 or 8, got 6$"):
+        components([[1]], connectivity=6)
+    with pytest.raises(ValueError, match=r"^mask must be \[H, W\] or \[D, H, W\]"):
+        components([1])
+
+
+# ---------------------------------------------------------------------------------------------------- the module
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    result = doctest.testmod(metrics)
+    assert (result.failed, result.attempted > 8) == (0, True)
+
+
+def test_importing_metrics_loads_no_torch() -> None:
+    script = "import sys, unet_fast.metrics; print(sorted({'torch', 'triton', 'unet_kernels'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

@@ -1,0 +1,198 @@
+"""Settings of a training run: one frozen dataclass, read from TOML and written back, a reason beside each default."""
+
+import difflib
+import json
+import math
+import tomllib
+import types
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self, get_args, get_origin, get_type_hints
+
+from . import geometry
+from .errors import BadInput
+
+__all__ = ["TrainConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """What `unet_fast.train` and `unet-fast train` need to know; every field is a key of the TOML file.
+
+    Defaults are the paper's where it gives a number. Where it is silent (learning rate, schedule, ranges of rotation
+    and grey values) they are ours, and `docs/training.md` says why.
+
+    Raises:
+        BadInput: a value out of range, in one sentence that names it.
+    """
+
+    images: Path
+    labels: Path
+    out: Path
+    # what the labels are: see `unet_fast.data.read_labelled`
+    label_kind: str = "auto"
+    ignore: int | None = None
+    axes: str | None = None
+    # percentile: exposure no longer matters; range: `low` and `high` are the grey values of 0 and 1
+    normalisation: str = "percentile"
+    low: float | None = None
+    high: float | None = None
+    # the net; classes None: as many as the labels have
+    features: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    classes: int | None = None
+    up_mode: str = "deconv"
+    dropout: float = 0.5
+    # None: tiles that fit the images, 572 at most
+    tile: int | None = None
+    # the paper: one tile a step, momentum 0.99 so that many tiles decide an update
+    batch: int = 1
+    momentum: float = 0.99
+    steps: int | None = None
+    epochs: int | None = None
+    # with momentum 0.99 the effective rate is 100 times this one
+    lr: float = 0.001
+    # the share of steps in which the rate rises from 0; it falls to 0 by a cosine afterwards
+    warmup: float = 0.05
+    # gradients longer than this are scaled down to it; one bad tile then cannot throw the net away. 0: never
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    # Eq. 2 of the paper; border_weight 0 leaves the ridge out
+    border_weight: float = 10.0
+    border_sigma: float = 5.0
+    balance: bool = True
+    # a 3 x 3 grid over each tile, displacements of 10 px standard deviation
+    elastic: float = 10.0
+    grid: int = 3
+    rotate: bool = True
+    mirror: bool = True
+    grey: float = 0.5
+    # the share of images (the last ones: a contiguous block) that is not trained on; 0 for none
+    validation: float = 0.1
+    validate_every: int | None = None
+    log_every: int = 20
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("images", "labels", "out"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+        object.__setattr__(self, "features", tuple(self.features))
+        depth = len(self.features) - 1
+        if depth < 0 or min(self.features) < 1:
+            raise BadInput(f"features must be one positive number per level, got {_shown(self.features)}")
+        if self.tile is not None:
+            try:
+                geometry.check_legal(self.tile, depth, name="tile")
+            except ValueError as error:
+                raise BadInput(str(error)) from error
+        if self.steps is not None and self.epochs is not None:
+            raise BadInput(f"steps and epochs cannot both be given, got {self.steps} and {self.epochs}")
+        for name in ("steps", "epochs", "batch", "log_every", "validate_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"{name} must be 1 or more, got {value}")
+        if not 0 < self.lr < math.inf:
+            raise BadInput(f"lr must be above 0, got {self.lr}")
+        for name in ("momentum", "dropout", "validation", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("border_weight", "elastic", "clip", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise BadInput(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 < self.border_sigma < math.inf:
+            raise BadInput(f"border_sigma must be above 0, got {self.border_sigma}")
+        if not 0 <= self.grey <= 1:
+            raise BadInput(f"grey must lie between 0 and 1, got {self.grey}")
+        if self.grid < 2:
+            raise BadInput(f"grid must be 2 or more, got {self.grid}")
+        if self.classes is not None and not 2 <= self.classes <= 256:
+            raise BadInput(f"classes must be 2 to 256, background included, got {self.classes}")
+        if self.seed < 0:
+            raise BadInput(f"seed must be 0 or more, got {self.seed}")
+        for name, choices in (
+            ("label_kind", ("auto", "binary", "class", "instance")),
+            ("up_mode", ("deconv", "resize")),
+        ):
+            if getattr(self, name) not in choices:
+                raise BadInput(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+    @property
+    def depth(self) -> int:
+        return len(self.features) - 1
+
+    @classmethod
+    def read(cls, path: Path, **overrides: Any) -> Self:
+        """From a TOML file; `overrides` that are not None win. Paths in the file are relative to where one works."""
+        return cls.from_dict(read_toml(path), **overrides)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any], **overrides: Any) -> Self:
+        """From keys and values; unknown keys and wrong types are refused, with the nearest known key."""
+        settings = {**settings, **{k: v for k, v in overrides.items() if v is not None}}
+        types_of = get_type_hints(cls)
+        for key, value in settings.items():
+            if key not in types_of:
+                near = difflib.get_close_matches(key, types_of, 1)
+                raise BadInput(f"config has the unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            settings[key] = _as_type(key, value, types_of[key])
+        missing = [f.name for f in fields(cls) if f.name in ("images", "labels", "out") and f.name not in settings]
+        if missing:
+            raise BadInput(f"{' and '.join(missing)} must be given, on the command line or in the config file")
+        return cls(**settings)
+
+    def with_(self, **changes: Any) -> Self:
+        """A copy with other values."""
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in TOML and JSON; None is left out."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: _plain(v) for k, v in plain.items() if v is not None}
+
+    def to_toml(self) -> str:
+        # a JSON string, number, array or boolean is TOML too
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.as_dict().items())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values)) or "none"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file, or BadInput with the line that is wrong."""
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} does not exist; expected a TOML file of settings") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as TOML: {error}") from error
+
+
+def _as_type(key: str, value: Any, kind: Any) -> Any:
+    """`value` as the field's type; int for float is fine, bool for int is not."""
+    kinds = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for each in kinds:
+        if each is type(None) and value is None:
+            return None
+        if get_origin(each) is tuple and isinstance(value, list | tuple):
+            if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+                return tuple(value)
+        elif each is Path and isinstance(value, str | Path):
+            return Path(value)
+        elif each is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif each in (int, str, bool) and type(value) is each:
+            return value
+    names = " or ".join(
+        "a list of whole numbers" if get_origin(k) is tuple else _NAMES.get(k, "nothing") for k in kinds
+    )
+    raise BadInput(f"config key {key} must be {names}, got {value!r}")
+
+
+_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path"}

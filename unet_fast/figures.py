@@ -1,0 +1,176 @@
+"""Pictures of what the net saw, was taught and found. All from arrays and files; none needs a screen."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from .files import replacing
+
+__all__ = ["draw_curves", "draw_elastic", "draw_prediction", "draw_seams", "draw_weight", "outlined"]
+
+# told apart by colour-blind readers too
+TRUTH, FOUND = (0, 190, 220), (255, 140, 0)
+_ZOOM = 3
+
+
+def outlined(
+    image: NDArray[Any], instances: NDArray[Any], colour: tuple[int, int, int], zoom: int = _ZOOM
+) -> NDArray[Any]:
+    """Grey image [H, W] with the outline of every cell: uint8 [zoom H, zoom W, 3].
+
+    The line is one screen pixel on each side of an edge between two ids, so that touching cells show two.
+    """
+    low, high = np.percentile(image, (0.5, 99.5))
+    grey = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
+    large = np.kron(grey, np.ones((zoom, zoom)))
+    ids = np.kron(instances, np.ones((zoom, zoom), instances.dtype))
+    around = np.pad(ids, 1, mode="edge")
+    edge = np.zeros(ids.shape, bool)
+    for shifted in (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]):
+        edge |= (shifted != ids) & (ids > 0)
+    out = np.repeat((large * 255).astype(np.uint8)[..., None], 3, axis=2)
+    out[edge] = colour
+    return out
+
+
+def draw_prediction(
+    path: Path,
+    image: NDArray[Any],
+    truth: NDArray[Any],
+    found: NDArray[Any],
+    *,
+    title: str = "",
+    names: Sequence[str] = ("image", "truth", "found"),
+) -> None:
+    """Image, true cells and found cells side by side; image [H, W], the others ids or a mask [H, W]."""
+    blank = np.zeros(image.shape, np.int32)
+    panels = (outlined(image, blank, TRUTH), outlined(image, truth, TRUTH), outlined(image, found, FOUND))
+    figure, axes = _panels(3, image.shape, title)
+    for axis, panel, name in zip(axes, panels, names, strict=True):
+        axis.imshow(panel, interpolation="nearest")
+        axis.set_title(name)
+    _save(figure, path)
+
+
+def draw_weight(path: Path, image: NDArray[Any], instances: NDArray[Any], weight: NDArray[Any]) -> None:
+    """Image, weight map and its ridge close by: where the weight is greatest, enlarged, with the cells' outlines."""
+    figure, axes = _panels(3, image.shape, "the weight map of Eq. 2: the border between touching cells counts most")
+    axes[0].imshow(outlined(image, instances, TRUTH), interpolation="nearest")
+    axes[0].set_title("cells")
+    shown = axes[1].imshow(weight, cmap="magma", vmin=0, interpolation="nearest")
+    axes[1].set_title("weight of each pixel")
+    figure.colorbar(shown, ax=axes[1], fraction=0.046, pad=0.03)
+    rows, columns = _around_peak(weight, 48)
+    axes[2].imshow(weight[rows, columns], cmap="magma", vmin=0, vmax=weight.max(), interpolation="nearest")
+    ids = np.unique(instances[rows, columns])
+    for each in ids[ids > 0]:
+        axes[2].contour((instances[rows, columns] == each).astype(float), [0.5], colors="white", linewidths=0.8)
+    axes[2].set_title("the ridge, enlarged")
+    _save(figure, path)
+
+
+def _around_peak(weight: NDArray[Any], side: int) -> tuple[slice, slice]:
+    from scipy.ndimage import uniform_filter
+
+    peak = np.unravel_index(uniform_filter(weight.astype(float), side // 2).argmax(), weight.shape)
+    starts = [int(np.clip(p - side // 2, 0, max(0, n - side))) for p, n in zip(peak, weight.shape, strict=True)]
+    return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
+
+
+def draw_elastic(
+    path: Path,
+    before: tuple[NDArray[Any], NDArray[Any]],
+    after: tuple[NDArray[Any], NDArray[Any]],
+    lines: tuple[NDArray[Any], NDArray[Any]],
+) -> None:
+    """One elastic draw: (image, instances) before and after, and where a regular grid has gone.
+
+    lines: masks [H, W] of the grid's lines before and after, warped by the code that warps labels.
+    """
+    figure, axes = _panels(2, before[0].shape, "one random elastic draw; the cells and the grid move as one")
+    for axis, (image, ids), mask, name in zip(axes, (before, after), lines, ("before", "after"), strict=True):
+        picture = outlined(image, ids, TRUTH)
+        line = np.kron(mask, np.ones((_ZOOM, _ZOOM), bool))
+        picture[line] = (0.4 * picture[line] + 0.6 * np.array([255, 220, 90])).astype(np.uint8)
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(name)
+    _save(figure, path)
+
+
+def draw_seams(path: Path, image: NDArray[Any], difference: NDArray[Any], step: int, sd: float) -> None:
+    """|tiled - in one piece| of the logits in units of their sd, with the places where seams would be."""
+    figure, axes = _panels(
+        2, image.shape, f"seam check: greatest difference {difference.max() / sd:.1e} sd of the logits"
+    )
+    axes[0].imshow(image, cmap="gray", interpolation="nearest")
+    axes[0].set_title("image and tiles")
+    for axis in axes:
+        for row in range(step, image.shape[0], step):
+            axis.axhline(row - 0.5, color="#ff8c00", linewidth=0.6)
+        for column in range(step, image.shape[1], step):
+            axis.axvline(column - 0.5, color="#ff8c00", linewidth=0.6)
+    shown = axes[1].imshow(np.log10(difference / sd + 1e-12), cmap="viridis", vmin=-12, vmax=0, interpolation="nearest")
+    axes[1].set_title("log10 of the difference / sd")
+    figure.colorbar(shown, ax=axes[1], fraction=0.046, pad=0.03)
+    _save(figure, path)
+
+
+def draw_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:
+    """Loss and validation scores of one or several runs, from the rows of their log.csv, by name."""
+    scores = [
+        (key, label)
+        for key, label in (
+            ("val_iou", "IoU of the cells' area"),
+            ("val_cell_iou", "mean IoU of each cell"),
+            ("val_pixel_error", "pixel error"),
+        )
+        if any(row.get(key) is not None for log in logs.values() for row in log)
+    ]
+    figure = Figure(figsize=(4.6 * (1 + len(scores)), 3.6), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, 1 + len(scores)))
+    for number, (name, log) in enumerate(logs.items()):
+        colour = f"C{number}"
+        _curve(axes[0], log, "loss", f"{name}: training", colour, "-")
+        _curve(axes[0], log, "val_loss", f"{name}: validation", colour, "o--")
+        for axis, (key, _) in zip(axes[1:], scores, strict=True):
+            _curve(axis, log, key, name, colour, "o-")
+            best = [row for row in log if row.get("best") and row.get(key) is not None]
+            if best:
+                last = best[-1]
+                axis.plot([last["step"]], [last[key]], marker="*", markersize=13, color=colour)
+    axes[0].set_title("loss")
+    axes[0].set_yscale("log")
+    for axis, (_, label) in zip(axes[1:], scores, strict=True):
+        axis.set_title(f"{label} (validation)")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _curve(axis: Axes, log: Sequence[Mapping[str, float | None]], key: str, name: str, colour: str, style: str) -> None:
+    points = [(row["step"], row[key]) for row in log if row.get(key) is not None]
+    if points:
+        axis.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=3, linewidth=1.2)
+
+
+def _panels(count: int, shape: tuple[int, ...], title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(4.6 * count, 4.6 * shape[0] / shape[1] + 0.7), layout="constrained")
+    axes = figure.subplots(1, count)
+    for axis in axes:
+        axis.set_axis_off()
+    if title:
+        figure.suptitle(title)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)

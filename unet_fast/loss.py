@@ -1,0 +1,85 @@
+"""The paper's loss as a module: Eq. 1 weighted by Eq. 2, which is made on the fly from the cells' ids."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import unet_kernels
+
+__all__ = ["BorderWeightedCrossEntropy"]
+
+
+class BorderWeightedCrossEntropy(nn.Module):
+    """Softmax cross-entropy whose weight is w_c + w0 exp(-(d1 + d2)^2 / (2 sigma^2)) (Ronneberger et al. 2015).
+
+    Args:
+        w0: height of the border term; 0 leaves it out.
+        sigma_px: its width in pixels.
+        class_weight: w_c, one number per class, background first (`unet_fast.class_balance`); None is 1 for all.
+        region: where the border term applies, "background" or "all" (`unet_kernels.border_weight`).
+        reduction: as in `unet_kernels.weighted_cross_entropy`: "mean" divides by the number of pixels, never by the
+            weights; "sum" is the paper's.
+
+    >>> ids = torch.tensor([[[1, 1, 0, 2, 2]]])
+    >>> round(BorderWeightedCrossEntropy()(torch.zeros(1, 2, 1, 5), ids).item(), 3)  # ln 2 (4 + 10.23) / 5
+    1.973
+    """
+
+    def __init__(
+        self,
+        w0: float = 10.0,
+        sigma_px: float = 5.0,
+        *,
+        class_weight: Sequence[float] | None = None,
+        region: str = "background",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.w0, self.sigma_px, self.region, self.reduction = w0, sigma_px, region, reduction
+        self.class_weight = None if class_weight is None else tuple(map(float, class_weight))
+
+    def forward(self, logits: Tensor, instances: Tensor, target: Tensor | None = None) -> Tensor:
+        """The loss of logits [N, K, h, w] against cells.
+
+        Args:
+            logits: what the net says.
+            instances: [N, H, W], H >= h and W >= w: ids around the same centre. The weight is made of all of it, then
+                cropped: a cell outside the output still casts its weight into it. Negative ids are ignored.
+            target: [N, H, W] or [N, h, w] class ids, negative where ignored; None is `cut_gap(instances) > 0`.
+
+        Raises:
+            TypeError: as `unet_kernels.border_weight` and `unet_kernels.weighted_cross_entropy`.
+            ValueError: likewise; the logits are larger than the instances; too few class weights.
+        """
+        rows, columns = logits.shape[-2:]
+        if instances.dim() != 3 or instances.shape[-2] < rows or instances.shape[-1] < columns:
+            raise ValueError(f"instances must be [N, H, W] with at least {rows}x{columns}, got {list(instances.shape)}")
+        if target is None:
+            cut = unet_kernels.cut_gap(instances)
+            target = (cut > 0).long().masked_fill_(cut < 0, -1)
+        if target.shape[-2:] != logits.shape[-2:]:
+            target = _centre(target, rows, columns)
+        weight = unet_kernels.border_weight(
+            instances, w0=self.w0, sigma_px=self.sigma_px, class_weight=(0.0, 0.0), region=self.region
+        )
+        ignored = _centre(instances, rows, columns) < 0
+        weight = _centre(weight, rows, columns) + self._balance(target, logits.shape[1])
+        target = target.masked_fill(ignored | (target < 0), -100)
+        return unet_kernels.weighted_cross_entropy(logits, target, weight, reduction=self.reduction)
+
+    def _balance(self, target: Tensor, classes: int) -> Tensor | float:
+        if self.class_weight is None:
+            return 1.0
+        if len(self.class_weight) != classes:
+            raise ValueError(f"class_weight must have {classes} numbers, one per class, got {len(self.class_weight)}")
+        table = torch.tensor(self.class_weight, device=target.device)
+        return table[target.clamp(0, classes - 1)]
+
+    def extra_repr(self) -> str:
+        return f"w0={self.w0}, sigma_px={self.sigma_px}, class_weight={self.class_weight}, reduction={self.reduction!r}"
+
+
+def _centre(x: Tensor, rows: int, columns: int) -> Tensor:
+    top, left = (x.shape[-2] - rows) // 2, (x.shape[-1] - columns) // 2
+    return x[..., top : top + rows, left : left + columns]

@@ -1,0 +1,464 @@
+"""The paper's training recipe: one loop, whose run directory holds all that came of it.
+
+RUN/config.toml       every setting, resolved
+RUN/run.json          what the data were understood to be, the split, versions
+RUN/log.csv           step, loss, learning rate, validation: the contract
+RUN/model.safetensors the best model by validation (the last, where nothing is held out)
+RUN/checkpoints/      the last two states, for --resume
+RUN/curves.png        log.csv as a picture
+"""
+
+import csv
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import unet_kernels
+
+from . import __version__, geometry, metrics
+from .augment import ElasticWarp
+from .cells import find_cells
+from .config import TrainConfig, read_toml
+from .data import Example, Labelled, class_balance, read_labelled, split, target_of
+from .errors import BadInput
+from .files import replacing, writable_folder
+from .loss import BorderWeightedCrossEntropy
+from .model import FastUNet
+from .normalisation import Normalisation
+from .progress import Progress
+from .storage import MODEL, load, pick_device, read_tensors, save, write_tensors
+from .tiling import plan_tiles, predict
+
+__all__ = ["LOG_COLUMNS", "TrainResult", "read_log", "resumed_config", "train"]
+
+LOG_COLUMNS = (
+    "step",
+    "epoch",
+    "lr",
+    "loss",
+    "val_loss",
+    "val_iou",
+    "val_pixel_error",
+    "val_cell_iou",
+    "val_ap50",
+    "best",
+    "seconds",
+)
+
+# a run may be continued with other values of these; all else must stay
+_FREE_ON_RESUME = ("out", "device", "log_every", "images", "labels")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """The best model, where its run lies, and the rows of its log."""
+
+    model: FastUNet
+    run: Path
+    best_step: int
+    log: list[dict[str, float | None]]
+
+
+def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -> TrainResult:
+    """Train a FastUNet as the paper did, and leave everything about it in `config.out`.
+
+    Args:
+        config: settings; see `TrainConfig`.
+        resume: continue the run that lies in `config.out`, from its last checkpoint. On a CPU the weights are those
+            of a run that was never interrupted, bit for bit.
+        progress: show progress on stderr.
+
+    Returns:
+        the best model by validation, its step, the log.
+
+    Raises:
+        BadInput: data or settings that cannot be trained on; a run in the way; the loss is no number any more.
+    """
+    state = _newest(config.out) if resume else None
+    if state is not None:
+        _refuse_changes(config, state.about["config"])
+    else:
+        _refuse_other_run(config.out)
+    normalisation = _normalisation(config)
+    data = read_labelled(
+        config.images,
+        config.labels,
+        kind=config.label_kind,
+        ignore=config.ignore,
+        axes=config.axes,
+        normalisation=normalisation,
+    )
+    classes = _classes(config, data)
+    learn, held_out = split(data.examples, config.validation)
+    if not any((e.instances > 0).any() for e in learn):
+        raise BadInput(f"{config.labels} has no cell outside the validation block; use a smaller validation share")
+    tile = config.tile or _tile_for(learn, config)
+    sampler = _Sampler(learn, config, tile)
+    steps = config.steps or (config.epochs * sampler.per_epoch if config.epochs else 10_000)
+    config = config.with_(tile=tile, classes=classes, steps=steps, epochs=None)
+    weights = class_balance(learn) if config.balance else (1.0,) * classes
+    if len(weights) < classes:
+        raise BadInput(f"the training set has no pixel of class {classes - 1}; train with classes {len(weights)}")
+
+    writable_folder(config.out / "checkpoints")
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    model = FastUNet(data.channels, classes, config.features, up_mode=config.up_mode, dropout=config.dropout).to(device)
+    model.normalisation = normalisation
+    run = _Run(config, model, sampler, held_out, weights, data, device)
+    if state is not None:
+        run.restore(state)
+    else:
+        run.begin()
+    run.loop(progress)
+    return TrainResult(load(config.out), config.out, run.best_step, read_log(config.out / "log.csv"))
+
+
+def resumed_config(out: Path, **overrides: Any) -> TrainConfig:
+    """The settings of the run in `out`, for continuing it."""
+    settings = read_toml(out / "config.toml")
+    return TrainConfig.from_dict({**settings, "out": str(out)}, **overrides)
+
+
+def read_log(path: Path) -> list[dict[str, float | None]]:
+    """Rows of a log.csv; an empty cell is None."""
+    with path.open(newline="") as file:
+        return [{k: float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def _normalisation(config: TrainConfig) -> Normalisation:
+    given = {name: v for name, v in (("low", config.low), ("high", config.high)) if v is not None}
+    if config.normalisation == "range" and len(given) < 2:
+        raise BadInput("normalisation range needs low and high, the grey values that become 0 and 1")
+    return Normalisation(config.normalisation, **given)
+
+
+def _classes(config: TrainConfig, data: Labelled) -> int:
+    if config.classes is None:
+        return data.classes
+    if config.classes < data.classes:
+        raise BadInput(f"classes is {config.classes}, but the labels go up to class {data.classes - 1}")
+    return config.classes
+
+
+def _tile_for(examples: Sequence[Example], config: TrainConfig) -> int:
+    """The tile that covers the largest image, or the usual one where that would be larger."""
+    sides = [max(plan_tiles(e.instances.shape, depth=config.depth, up_mode=config.up_mode).tile_in) for e in examples]
+    return max(sides)
+
+
+class _Sampler:
+    """Which tile comes when: depends on (seed, step) alone, so that a resumed run sees what it would have seen."""
+
+    def __init__(self, examples: Sequence[Example], config: TrainConfig, tile: int) -> None:
+        self.examples, self.config, self.tile = examples, config, tile
+        self.tile_out = geometry.output_size(tile, config.depth)
+        self.warp = ElasticWarp(
+            config.grid, config.elastic, rotate=config.rotate, mirror=config.mirror, grey=config.grey
+        )
+        # a large image comes as often as it has tiles
+        self.order = [
+            i for i, e in enumerate(examples) for _ in range(max(1, round(e.instances.numel() / self.tile_out**2)))
+        ]
+        self.per_epoch = -(-len(self.order) // config.batch)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(image [N, C, H, W], instances [N, H, W], target [N, H, W]) of a step."""
+        tiles = [self._tile(step * self.config.batch + i) for i in range(self.config.batch)]
+        image, instances, target = (torch.stack(parts) for parts in zip(*tiles, strict=True))
+        return image, instances, target
+
+    def _tile(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        epoch, index = divmod(count, len(self.order))
+        shuffled = torch.randperm(len(self.order), generator=ElasticWarp.generator(self.config.seed, epoch, -1))
+        example = self.examples[self.order[int(shuffled[index])]]
+        generator = ElasticWarp.generator(self.config.seed, epoch, index)
+        image, instances = self.warp.draw_tile(example.image, example.instances, self.tile, self.tile_out, generator)
+        return image, instances, target_of(instances[None], example.class_of)[0]
+
+
+class _Run:
+    """One run: the loop and what it writes."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: FastUNet,
+        sampler: _Sampler,
+        held_out: Sequence[Example],
+        weights: Sequence[float],
+        data: Labelled,
+        device: torch.device,
+    ) -> None:
+        assert config.steps is not None
+        self.config, self.model, self.sampler, self.device, self.steps = config, model, sampler, device, config.steps
+        self.weights, self.data = tuple(weights), data
+        self.loss = BorderWeightedCrossEntropy(config.border_weight, config.border_sigma, class_weight=weights)
+        self.validation = _Validation(held_out, data, self.loss, device)
+        self.validate_every = config.validate_every or max(1, round(self.steps / 20))
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+        warm = round(config.warmup * self.steps)
+        self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, warm, self.steps))
+        self.step, self.best, self.best_step, self.seconds = 0, -math.inf, 0, 0.0
+        self.log: list[dict[str, Any]] = []
+
+    # ---- what lies on disk
+
+    def begin(self) -> None:
+        out = self.config.out
+        with replacing(out / "config.toml") as path:
+            path.write_text(self.config.to_toml())
+        with replacing(out / "run.json") as path:
+            path.write_text(json.dumps(self._record(), indent=2) + "\n")
+        self._write_log()
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "command": sys.argv,
+            "labels_understood_as": self.data.kind,
+            "classes": self.model.out_channels,
+            "class_weights": self.weights,
+            "training": [e.name for e in self.sampler.examples],
+            "validation": [e.name for e in self.validation.examples],
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "net": self.model.settings,
+            "device": str(self.device),
+            "versions": {
+                "unet_fast": __version__,
+                "torch": torch.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+    def _write_log(self) -> None:
+        with replacing(self.config.out / "log.csv") as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, LOG_COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.log)
+
+    def keep_state(self) -> None:
+        """Write a checkpoint and drop all but the last two."""
+        folder = self.config.out / "checkpoints"
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        momentum = {
+            f"momentum.{names[id(p)]}": state["momentum_buffer"]
+            for p, state in self.optimizer.state.items()
+            if state.get("momentum_buffer") is not None
+        }
+        tensors = {**{f"net.{k}": v for k, v in self.model.state_dict().items()}, **momentum}
+        about = {
+            "step": self.step,
+            "best": self.best if math.isfinite(self.best) else None,
+            "best_step": self.best_step,
+            "seconds": self.seconds,
+            "config": self.config.as_dict(),
+            "log": self.log,
+        }
+        write_tensors(folder / f"{self.step:08d}.safetensors", tensors, about)
+        for old in sorted(folder.glob("*.safetensors"))[:-2]:
+            old.unlink()
+
+    def restore(self, state: "_State") -> None:
+        self.model.load_state_dict({k[4:]: v for k, v in state.tensors.items() if k.startswith("net.")})
+        for name, p in self.model.named_parameters():
+            kept = state.tensors.get(f"momentum.{name}")
+            if kept is not None:
+                # in the parameter's own strides, as SGD made it
+                self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(kept)
+        about = state.about
+        self.step, self.best_step, self.seconds = about["step"], about["best_step"], about["seconds"]
+        self.best = -math.inf if about["best"] is None else about["best"]
+        self.log = about["log"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * _rate(self.step, round(self.config.warmup * self.steps), self.steps)
+        self.rate.last_epoch = self.step
+        self._write_log()
+
+    # ---- the loop
+
+    def loop(self, progress: bool) -> None:
+        start, before = time.monotonic(), self.seconds
+        losses: list[Tensor] = []
+        with Progress("train", self.steps, done=self.step, shown=progress) as bar:
+            try:
+                while self.step < self.steps:
+                    losses.append(self._one_step())
+                    self.seconds = before + time.monotonic() - start
+                    log = self.step % self.config.log_every == 0 or self.step == self.steps
+                    check = self.step % self.validate_every == 0 or self.step == self.steps
+                    if log or check:
+                        self._report(losses, check)
+                        losses = []
+                    bar.advance(self._message())
+            except KeyboardInterrupt:
+                self.keep_state()
+                raise
+
+    def _one_step(self) -> Tensor:
+        image, instances, target = (t.to(self.device) for t in self.sampler.batch(self.step))
+        # dropout's draws belong to the step, not to what was drawn before it
+        torch.manual_seed(hash((self.config.seed, self.step)) & (2**62 - 1))
+        self.model.train()
+        loss: Tensor = self.loss(self.model(image), instances, target)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.config.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.rate.step()
+        self.step += 1
+        return loss.detach()
+
+    def _report(self, losses: Sequence[Tensor], check: bool) -> None:
+        loss = float(torch.stack(list(losses)).mean())
+        if not math.isfinite(loss):
+            raise BadInput(
+                f"the loss became {loss} at step {self.step}; a smaller lr than {self.config.lr:g} is needed "
+                f"({self.config.out} keeps the last good state)"
+            )
+        row: dict[str, Any] = dict.fromkeys(LOG_COLUMNS, "")
+        lr = self.optimizer.param_groups[0]["lr"]
+        epoch = (self.step - 1) // self.sampler.per_epoch
+        row |= {"step": self.step, "epoch": epoch, "lr": f"{lr:.6g}", "loss": f"{loss:.6g}"}
+        if check:
+            scores = self.validation.scores(self.model)
+            score = scores.get("score")
+            better = score is None or score > self.best
+            if better:
+                self.best, self.best_step = -math.inf if score is None else score, self.step
+                save(self.model, self.config.out / MODEL)
+            row |= {k: f"{v:.6g}" for k, v in scores.items() if k != "score" and v is not None}
+            row["best"] = int(better)
+        row["seconds"] = f"{self.seconds:.1f}"
+        self.log.append(row)
+        self._write_log()
+        if check:
+            self.keep_state()
+
+    def _message(self) -> str:
+        if not self.log:
+            return ""
+        last = next((row for row in reversed(self.log) if row["val_iou"] != ""), None)
+        shown = f"loss {float(self.log[-1]['loss']):.3f}"
+        return shown if last is None else f"{shown}  validation IoU {float(last['val_iou']):.3f}"
+
+
+class _Validation:
+    """Scores on the held-out block, by tiled prediction."""
+
+    def __init__(
+        self, examples: Sequence[Example], data: Labelled, loss: BorderWeightedCrossEntropy, device: torch.device
+    ) -> None:
+        self.examples, self.kind, self.device = list(examples), data.kind, device
+        # the weights of a slice do not change: made once
+        self.targets = [e.target()[None] for e in self.examples]
+        self.weights = [
+            (
+                unet_kernels.border_weight(
+                    e.instances[None], w0=loss.w0, sigma_px=loss.sigma_px, class_weight=(0.0, 0.0), region=loss.region
+                )
+                + torch.tensor(loss.class_weight)[t.clamp(min=0)]
+            )
+            for e, t in zip(self.examples, self.targets, strict=True)
+        ]
+
+    def scores(self, model: FastUNet) -> dict[str, float | None]:
+        if not self.examples:
+            return {}
+        normalisation, model.normalisation = model.normalisation, None  # the examples are normalised already
+        try:
+            return self._scores(model)
+        finally:
+            model.normalisation = normalisation
+
+    def _scores(self, model: FastUNet) -> dict[str, float | None]:
+        total, pixels, cells = 0.0, 0, metrics.InstanceScores()
+        probabilities, truths = [], []
+        hits = np.zeros((3, model.out_channels))
+        for example, target, weight in zip(self.examples, self.targets, self.weights, strict=True):
+            logits = predict(model, example.image, axes="CYX", output="logits")[None]
+            valid = target.masked_fill(target < 0, -100)
+            total += float(unet_kernels.weighted_cross_entropy(logits, valid, weight, reduction="sum"))
+            pixels += int((target >= 0).sum())
+            found = logits[0].argmax(0)
+            here = target[0] >= 0
+            for c in range(model.out_channels):
+                a, b = (found == c)[here], (target[0] == c)[here]
+                hits[:, c] += int((a & b).sum()), int(a.sum()), int(b.sum())
+            if model.out_channels == 2:
+                p = (logits[0, 1] - logits[0, 0]).sigmoid()
+                probabilities.append(p[here].numpy())
+                truths.append((example.instances > 0)[here].numpy())
+            cells += metrics.instance_scores(find_cells(found.numpy()), example.instances.numpy())
+        union = hits[1] + hits[2] - hits[0]
+        iou = float(np.mean([hits[0, c] / union[c] for c in range(1, len(union)) if union[c]] or [1.0]))
+        scores: dict[str, float | None] = {
+            "val_loss": total / max(1, pixels),
+            "val_iou": iou,
+            "val_cell_iou": cells.mean_iou,
+            "val_ap50": cells.average_precision["0.50"],
+        }
+        if truths:
+            pooled = np.concatenate(probabilities)[None], np.concatenate(truths)[None]
+            scores["val_pixel_error"] = metrics.pixel_error(*pooled)
+        # what "best" means: the cells, or the pixels at the best threshold for a mask, or the classes' area
+        score = {"instance": cells.mean_iou, "binary": -(scores.get("val_pixel_error") or 0.0)}.get(self.kind)
+        return scores | {"score": iou if score is None else score}
+
+
+def _rate(step: int, warm: int, steps: int) -> float:
+    """Factor of the learning rate: a linear rise, then half a cosine to 0."""
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("[0-9]*.safetensors"))
+
+
+def _newest(out: Path) -> _State:
+    """The newest checkpoint that is whole."""
+    found = _checkpoints(out)
+    if not found:
+        raise BadInput(f"{out} has no checkpoint to resume from")
+    for path in reversed(found):
+        try:
+            return _State(*read_tensors(path))
+        except BadInput as error:
+            print(f"{error}; taking the one before", file=sys.stderr)  # noqa: T201
+    raise BadInput(f"{out} has no checkpoint that is whole")
+
+
+def _refuse_other_run(out: Path) -> None:
+    if _checkpoints(out) or (out / MODEL).exists():
+        raise BadInput(f"{out} holds a run already; --resume continues it, or choose another --out")
+
+
+def _refuse_changes(config: TrainConfig, before: dict[str, Any]) -> None:
+    now = config.as_dict()
+    for key in sorted({*now, *before} - set(_FREE_ON_RESUME)):
+        # what was left open at first was resolved when the run began
+        if now.get(key) != before.get(key) and key in now:
+            raise BadInput(
+                f"{key} was {before.get(key)!r} when the run began and is {now[key]!r} now; it cannot change"
+            )
