@@ -80,7 +80,7 @@ class ElasticWarp:
         return matrix
 
     def draw_table(self, n: int, generator: torch.Generator) -> Tensor:
-        """Grey-value tables [n, 256] over 0 to 1: monotone, straight between five knots, as in Freiburg's later code."""
+        """Grey-value tables [n, 256] over 0 to 1: monotone, straight between five knots, like Freiburg's."""
         ends, inner = torch.rand(n, 2, generator=generator), torch.rand(n, 4, generator=generator)
         black = 0.2 * self.grey * (2 * ends[:, :1] - 1)
         white = 1 + 0.2 * self.grey * (2 * ends[:, 1:] - 1)

@@ -13,7 +13,7 @@ from .errors import BadInput
 from .files import read_stack
 from .pairs import pair
 
-__all__ = ["METRICS", "Report", "evaluate"]
+__all__ = ["METRICS", "Report", "evaluate", "table"]
 
 METRICS = ("iou", "dice", "pixel_error", "cells")
 
@@ -53,18 +53,22 @@ class Report:
         }
 
     def table(self) -> str:
-        """Rows of text, one an image, `overall` last; columns that no row has are left out."""
-        rows = [*self.images, self.overall]
-        shown = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
-        cells = [["", *(heading for _, heading, _ in shown)]]
-        cells += [[r["name"], *(format(r[k], f) if r.get(k) is not None else "-" for k, _, f in shown)] for r in rows]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in cells
-        ]
+        """Rows of text, one an image, `overall` last."""
+        lines = table([*self.images, self.overall]).splitlines()
         rule = "-" * len(lines[0])
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A heading and a line for each row of scores; columns that no row has are left out."""
+    shown = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
+    cells = [["", *(heading for _, heading, _ in shown)]]
+    cells += [[r["name"], *(format(r[k], f) if r.get(k) is not None else "-" for k, _, f in shown)] for r in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    )
 
 
 def evaluate(

@@ -415,7 +415,9 @@ class _Validation:
             pooled = np.concatenate(probabilities)[None], np.concatenate(truths)[None]
             scores["val_pixel_error"] = metrics.pixel_error(*pooled)
         # what "best" means: the cells, or the pixels at the best threshold for a mask, or the classes' area
-        score = {"instance": cells.mean_iou, "binary": -(scores.get("val_pixel_error") or 0.0)}.get(self.kind)
+        score = {"instance": cells.mean_average_precision, "binary": -(scores.get("val_pixel_error") or 0.0)}.get(
+            self.kind
+        )
         return scores | {"score": iou if score is None else score}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import _triton
+from . import _native, _triton
 
 __all__ = ["OPS", "lane"]
 
@@ -23,10 +23,15 @@ OPS = (
 
 # the ops that have a kernel of ours, each with the question its CUDA implementation asks before it takes that kernel
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {"crop_concat": _triton.why_not}
+# likewise on a CPU
+_NATIVE: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {
+    "two_nearest_cells": _native.why_not,
+    "border_weight": _native.why_not,
+}
 
 
 def lane(op: str, device: torch.device | str, dtype: torch.dtype | None = None) -> tuple[str, str]:
-    """("triton" or "torch", the reason in a few words) for an op of `OPS`.
+    """("triton", "native" or "torch", the reason in a few words) for an op of `OPS`.
 
     Raises:
         ValueError: there is no such op.
@@ -34,6 +39,9 @@ def lane(op: str, device: torch.device | str, dtype: torch.dtype | None = None) 
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}, got {op!r}")
     device = torch.device(device)
+    if device.type == "cpu" and op in _NATIVE:
+        refusal = _NATIVE[op](device, dtype)
+        return ("torch", refusal) if refusal else ("native", "our C++ kernel")
     if device.type != "cuda":
         return "torch", f"ATen, the reference; {device.type} has no kernel of ours yet"
     if op not in _KERNELS:

@@ -6,10 +6,12 @@ import sys
 from functools import cache
 from pathlib import Path
 
-__all__ = ["ABI_VERSION", "NativeLibraryMissing", "cuda", "describe", "native"]
+import torch
+
+__all__ = ["ABI_VERSION", "NativeLibraryMissing", "cuda", "describe", "native", "why_not"]
 
 # UNET_ABI_VERSION of kernels/native/include/unet_native.h
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
 
@@ -27,7 +29,21 @@ def native() -> ctypes.CDLL:
     """
     library = _load("unet_native", "unet_abi_version")
     library.unet_build_info.restype = ctypes.c_char_p
+    sizes, pointers = (ctypes.c_int64,) * 3, (ctypes.c_void_p,) * 2
+    library.unet_two_nearest_cells_cpu.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_double, *pointers)
     return library
+
+
+@cache
+def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str:  # noqa: ARG001 (as for Triton's)
+    """Why the C++ library cannot serve a device, in a few words; empty where it can."""
+    if device.type != "cpu":
+        return f"the C++ library is for the CPU, not {device.type}"
+    try:
+        native()
+    except NativeLibraryMissing as missing:
+        return f"the native library is missing: {missing}"
+    return ""
 
 
 @cache

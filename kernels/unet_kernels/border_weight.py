@@ -7,22 +7,43 @@ to centre, to the nearest and second-nearest distinct cell of the uncut map. Int
 No gradient: labels have none. Derivation and proof: docs/mathematics.md, section 5.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, _native, reference
 
 __all__ = ["border_weight", "cut_gap", "two_nearest_cells"]
 
 REGIONS = ("background", "all")
 
 
+def launch_two_nearest_cells_cpu(instances: Tensor, max_radius: float | None) -> tuple[Tensor, Tensor]:
+    """The C++ kernel: instances [N, H, W] int32 on a CPU."""
+    instances = instances.contiguous()
+    d1 = torch.empty(instances.shape, dtype=torch.float32)
+    d2 = torch.empty_like(d1)
+    reach = math.inf if max_radius is None else max_radius
+    status = _native.native().unet_two_nearest_cells_cpu(
+        instances.data_ptr(), *instances.shape, reach, d1.data_ptr(), d2.data_ptr()
+    )
+    if status:
+        raise MemoryError(f"two_nearest_cells needs 24 bytes a pixel of {list(instances.shape[1:])}")
+    return d1, d2
+
+
+def _two_nearest(instances: Tensor, max_radius: float | None) -> tuple[Tensor, Tensor]:
+    if _native.why_not(instances.device):
+        d1, d2 = reference.two_nearest_cells(instances, max_radius)
+        return d1.contiguous(), d2.contiguous()
+    return launch_two_nearest_cells_cpu(instances, max_radius)
+
+
 @torch.library.custom_op("unet::two_nearest_cells", mutates_args=())
 def _two_nearest_op(instances: Tensor, max_radius: float | None) -> tuple[Tensor, Tensor]:
-    d1, d2 = reference.two_nearest_cells(instances, max_radius)
-    return d1.contiguous(), d2.contiguous()
+    return _two_nearest(instances, max_radius)
 
 
 @_two_nearest_op.register_fake
@@ -45,7 +66,9 @@ def _(instances: Tensor) -> Tensor:
 def _border_weight_op(
     instances: Tensor, w0: float, sigma_px: float, class_weight: Sequence[float] | None, region: str, gap: bool
 ) -> Tensor:
-    return reference.border_weight(instances, w0, sigma_px, class_weight, region, gap).contiguous()
+    return reference.border_weight(
+        instances, w0, sigma_px, class_weight, region, gap, nearest=_two_nearest
+    ).contiguous()
 
 
 @_border_weight_op.register_fake

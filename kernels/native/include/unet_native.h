@@ -12,7 +12,11 @@
 #endif
 
 // Raised by one with every change to a signature; Python refuses a library with another number.
-#define UNET_ABI_VERSION 1
+#define UNET_ABI_VERSION 2
+
+// what a function returns
+#define UNET_OK 0
+#define UNET_OUT_OF_MEMORY 1
 
 #ifdef __cplusplus
 extern "C" {
@@ -23,6 +27,11 @@ UNET_API int32_t unet_abi_version(void);
 UNET_API const char *unet_build_info(void);
 // threads that a parallel loop would use now; 1 without OpenMP
 UNET_API int32_t unet_thread_count(void);
+// Distances to the nearest and second-nearest distinct cell: instances [count, height, width] (0 background, negative
+// no cell either) to d1, d2 of the same shape, all contiguous. A cell further off than max_radius (INFINITY: none is) counts
+// as absent; a missing cell is INFINITY.
+UNET_API int32_t unet_two_nearest_cells_cpu(const int32_t *instances, int64_t count, int64_t height, int64_t width,
+                                            double max_radius, float *d1, float *d2);
 
 // libunet_native_cuda
 UNET_API int32_t unet_cuda_abi_version(void);

@@ -1,7 +1,7 @@
 """Distances to the two nearest cells and the weights of Eq. 2: docs/mathematics.md, section 5."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -102,11 +102,15 @@ def border_weight(
     class_weight: Sequence[float] | None = None,
     region: str = "background",
     gap: bool = True,
+    nearest: Callable[[Tensor, float | None], tuple[Tensor, Tensor]] = two_nearest_cells,
 ) -> Tensor:
-    """Eq. 2, w_c + w0 exp(-(d1 + d2)^2 / (2 sigma^2)), float32 [N, H, W]; 0 where instances are negative (ignored)."""
+    """Eq. 2, w_c + w0 exp(-(d1 + d2)^2 / (2 sigma^2)), float32 [N, H, W]; 0 where instances are negative (ignored).
+
+    `nearest` is where the distances come from: the specification, or a kernel that equals it.
+    """
     kept = cut_gap(instances) if gap else instances
     background = kept == 0
-    d1, d2 = two_nearest_cells(instances, border_radius(w0, sigma_px))
+    d1, d2 = nearest(instances, border_radius(w0, sigma_px))
     # a missing second cell leaves d2 infinite, and exp(-inf) is the promised 0
     term = w0 * torch.exp(-((d1 + d2) ** 2) / (2 * sigma_px * sigma_px))
     if region == "background":
