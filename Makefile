@@ -49,7 +49,6 @@ native:
 	cmake --build build/native --parallel 2
 	ctest --test-dir build/native --output-on-failure
 
-# the whole job on a bare machine; so far that is: what there is, and one training loop
+# the whole job on a bare machine: synthetic touching cells, two nets, predictions, scores, pictures in demo/
 demo: $(STAMP)
-	.venv/bin/unet-fast doctor
-	$(RUN) examples/ordinary_loop.py
+	.venv/bin/unet-fast demo --out demo

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Nuclei, told apart
 #
-# Fluorescence images of the 2018 Data Science Bowl: every fifth is held out, two nets are trained on the rest,
 # Fluorescence images of the 2018 Data Science Bowl: every fifth is held out, two nets are trained on the others,
+# one with the weight map of Eq. 2 and one without, and both are compared with Otsu's threshold and components.
 #
 #     python examples/dsb2018.py DATA OUT [--quick]
 #

@@ -15,7 +15,8 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
     [block] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     # the paper's net at its own tile: seconds of arithmetic, and the numbers in the comments
     check = (
-        "\nassert geometry.legal_sizes(180, 240) == [188, 204, 220, 236]\nassert halo == 92\nassert loss.isfinite()\n"
+        "\nassert geometry.legal_sizes(180, 240) == [188, 204, 220, 236]\nassert loss.isfinite()\n"
+        "assert labels.shape == (300, 200) and labels.dtype == torch.uint8\n"
     )
     done = subprocess.run([sys.executable, "-c", block + check], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,8 @@ def find_cells(labels: np.ndarray[Any, Any], *, min_pixels: int = 1) -> np.ndarr
 
     A cell is a 4-connected component of one class. Training cuts a gap between touching cells
     (`unet_kernels.cut_gap`); the opposite is done here: cells grow by one pixel where, and only where, that makes them
-    touch another cell, so that `cut_gap` of what comes out is what went in.
+    touch another cell's new pixel, so that `cut_gap` of what comes out has the foreground that went in (unless
+    cells of two classes adjoined there).
 
     Args:
         labels: [H, W] or [D, H, W], class ids, 0 = background.
@@ -46,6 +47,8 @@ def _cells(plane: np.ndarray[Any, Any], min_pixels: int) -> np.ndarray[Any, Any]
 def _regrown(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     around = np.pad(ids, 1)
     beside = np.stack([around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]])
-    grown = np.where(ids > 0, ids, beside.max(0))
+    # a pixel beside two cells stays background: whoever took it would touch, and cut, the other's old pixel
+    alone = ((beside == 0) | (beside == beside.max(0))).all(0)
+    grown = np.where((ids == 0) & alone, beside.max(0), ids)
     touching = unet_kernels.cut_gap(torch.from_numpy(grown)[None])[0].numpy() == 0
     return np.where((ids == 0) & ~touching, 0, grown)

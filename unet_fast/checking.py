@@ -1,13 +1,27 @@
 """`check-data`: look at images and labels before training does, and list everything it would trip over."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from .data import agreed, instances_of, label_facts, label_values, understand
+from .data import (
+    LABEL_KINDS,
+    Example,
+    agreed,
+    check_finite,
+    check_same_size,
+    class_balance,
+    instances_of,
+    label_facts,
+    label_ids,
+    understand,
+)
 from .errors import BadInput
 from .files import Stack, read_stack
 from .pairs import Pairing, pair
@@ -88,6 +102,8 @@ def check_data(
     Raises:
         BadInput: there is nothing to look at.
     """
+    if kind not in LABEL_KINDS:
+        raise BadInput(f"label kind must be one of {', '.join(LABEL_KINDS)}, got {kind!r}")
     pairing = pair(images, labels)
     found = Findings(
         pairs=len(pairing.pairs),
@@ -99,22 +115,25 @@ def check_data(
     channels: Counter[int] = Counter()
     lows, highs, maps = [], [], []
     for image_path, label_path in pairing.pairs:
-        try:
+        picture = label = None
+        with _noted(found):
             picture = read_stack(image_path, axes=axes)
-        except BadInput as error:
-            found.problems.append(str(error))
-            continue
-        shapes[_kind_of(picture)] += 1
-        channels[picture.pixels.shape[1]] += 1
-        found.slices += len(picture.pixels)
-        lows.append(np.nanmin(picture.pixels))
-        highs.append(np.nanmax(picture.pixels))
-        if lows[-1] == highs[-1]:
-            found.remarks.append(f"{image_path.name} has one grey value everywhere, {lows[-1]}")
-        try:
-            maps.append(label_values(picture, read_stack(label_path, labels=True), ignore))
-        except BadInput as error:
-            found.problems.append(str(error))
+            shapes[_kind_of(picture)] += 1
+            channels[picture.pixels.shape[1]] += 1
+            found.slices += len(picture.pixels)
+            finite = picture.pixels[np.isfinite(picture.pixels)]
+            if finite.size:
+                lows.append(finite.min())
+                highs.append(finite.max())
+                if lows[-1] == highs[-1]:
+                    found.remarks.append(f"{image_path.name} has one grey value everywhere, {lows[-1]}")
+            check_finite(picture)
+        with _noted(found):
+            label = read_stack(label_path, labels=True)
+            maps.append(label_ids(label, ignore))
+        if picture is not None and label is not None:
+            with _noted(found):
+                check_same_size(picture, label)
     found.shapes = dict(shapes.most_common())
     if lows:
         found.grey_values = f"{min(lows):g} to {max(highs):g}"
@@ -124,6 +143,14 @@ def check_data(
     if maps:
         _judge_labels(found, maps, labels, kind, tracking=pairing.tracking)
     return found
+
+
+@contextmanager
+def _noted(found: Findings) -> Iterator[None]:
+    try:
+        yield
+    except BadInput as error:
+        found.problems.append(str(error))
 
 
 def _judge_pairing(found: Findings, pairing: Pairing, images: Path, labels: Path) -> None:
@@ -159,9 +186,10 @@ def _judge_labels(
     planes = [plane for stack in maps for plane in stack]
     sizes: list[int] = []
     empty = 0
+    examples = []
     for plane in planes:
-        ids = instances_of(plane, found.understood_as)[0].numpy()
-        here = np.bincount(np.maximum(ids, 0).ravel())[1:]
+        examples.append(Example("", torch.empty(0), *instances_of(plane, found.understood_as)))
+        here = np.bincount(examples[-1].instances.clamp(min=0).flatten().numpy())[1:]
         sizes += here[here > 0].tolist()
         empty += not here.any()
     found.labels |= {"cells": len(sizes)}
@@ -170,6 +198,8 @@ def _judge_labels(
         tiny = sum(size < 10 for size in sizes)
         if tiny:
             found.remarks.append(f"{tiny} of {len(sizes)} cells are smaller than 10 pixels")
+        with _noted(found):
+            class_balance(examples)
     else:
         found.problems.append(f"{labels} has no cell in any of {len(planes)} label images; there is nothing to learn")
     if empty and sizes:

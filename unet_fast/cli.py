@@ -123,7 +123,7 @@ def train(
     images: Annotated[Path | None, typer.Option("--images", "-i", help=_IMAGES)] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help=_LABELS)] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings; flags win.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue the run in --out from its last checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")] = False,
     label_kind: Annotated[LabelKind | None, typer.Option(help=_KIND + " Default: auto.")] = None,
     ignore: Ignore = None,
     axes: Axes = None,
@@ -147,18 +147,24 @@ def train(
     epochs: Annotated[
         int | None, typer.Option("--epochs", "-e", help="Instead of steps: passes over the images.")
     ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", "-l", help="Learning rate, default 0.005.")] = None,
-    momentum: Annotated[float | None, typer.Option(help="Momentum, default 0.99.")] = None,
+    lr: Annotated[float | None, typer.Option("--lr", "-l", help="Learning rate, default 0.002.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Momentum, default 0.99; with 0.9 try --lr 0.02.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of steps in which the rate rises, default 0.05.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Longest gradient, default 1; 0: any.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay, default 0.")] = None,
     border_weight: Annotated[
         float | None, typer.Option(help="Weight of the border between touching cells, default 10; 0: none.")
     ] = None,
     border_sigma: Annotated[float | None, typer.Option(help="Its width in pixels, default 5.")] = None,
+    balance: Annotated[bool | None, typer.Option(help="Weigh classes by their rarity (default).")] = None,
     elastic: Annotated[float | None, typer.Option(help="Elastic deformation, sd in pixels, default 10.")] = None,
+    grid: Annotated[int | None, typer.Option(help="Points of the elastic grid per side of a tile, default 3.")] = None,
     rotate: Annotated[bool | None, typer.Option(help="Rotate at random.")] = None,
     mirror: Annotated[bool | None, typer.Option(help="Mirror at random.")] = None,
     grey: Annotated[float | None, typer.Option(help="Strength of grey-value changes, 0 to 1, default 0.5.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of images kept for validation, default 0.1.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
+    log_every: Annotated[int | None, typer.Option(help="Steps between lines of log.csv, default 20.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same run.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
     quiet: Quiet = False,
@@ -166,21 +172,21 @@ def train(
     """Train a U-Net on images and labels, as the paper did; everything about the run lies in --out."""
     given = {k: v for k, v in locals().items() if k not in ("config", "resume", "quiet", "features")}
     given = {k: v.value if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None}
+    if features is not None:
+        given["features"] = _numbers("--features", features)
+    if resume and out is None:
+        raise typer.BadParameter("say which run to continue", param_hint="--out")
     with _sentences():
-        if features is not None:
-            given["features"] = _numbers("features", features)
-        from .config import TrainConfig
+        from .config import TrainConfig, read_toml
         from .figures import draw_curves
         from .training import resumed_config, train
 
-        if resume:
-            if out is None:
-                raise BadInput("resume needs --out, the run to continue")
-            settings = resumed_config(**{"out": out, **given})
-        elif config is not None:
-            settings = TrainConfig.read(config, **given)
-        else:
-            settings = TrainConfig.from_dict(given)
+        if config is not None:
+            given = {**read_toml(config), **given}
+        for needed in () if resume else ("images", "labels", "out"):
+            if needed not in given:
+                raise typer.BadParameter("must be given, here or in --config", param_hint=f"--{needed}")
+        settings = resumed_config(**{"out": out, **given}) if resume else TrainConfig.from_dict(given)
         result = train(settings, resume=resume, progress=not quiet)
         draw_curves(result.run / "curves.png", {result.run.name: result.log})
         typer.echo(f"best model (step {result.best_step}): {result.run / 'model.safetensors'}", err=True)
@@ -190,7 +196,8 @@ def _numbers(name: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.replace(" ", "").split(",")]
     except ValueError:
-        raise BadInput(f"{name} must be whole numbers with commas between, such as 16,32,64, got {text!r}") from None
+        said = f"must be whole numbers with commas between, such as 16,32,64, got {text!r}"
+        raise typer.BadParameter(said, param_hint=name) from None
 
 
 @app.command()

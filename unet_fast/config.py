@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 from dataclasses import dataclass, fields, replace
@@ -109,6 +110,10 @@ class TrainConfig:
             raise BadInput(f"classes must be 2 to 256, background included, got {self.classes}")
         if self.seed < 0:
             raise BadInput(f"seed must be 0 or more, got {self.seed}")
+        for name in ("low", "high"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise BadInput(f"{name} must be finite, got {value}")
         for name, choices in (
             ("label_kind", ("auto", "binary", "class", "instance")),
             ("up_mode", ("deconv", "resize")),
@@ -150,8 +155,9 @@ class TrainConfig:
         return {k: _plain(v) for k, v in plain.items() if v is not None}
 
     def to_toml(self) -> str:
-        # a JSON string, number, array or boolean is TOML too
-        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.as_dict().items())
+        # a JSON string, number, array or boolean is TOML too, but for how it escapes what is not ASCII
+        lines = (f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in self.as_dict().items())
+        return "".join(re.sub("[^ -~]", lambda c: f"\\U{ord(c[0]):08x}", line) + "\n" for line in lines)
 
 
 def _plain(value: Any) -> Any:
@@ -167,7 +173,7 @@ def _shown(values: tuple[int, ...]) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """The keys of a TOML file, or BadInput with the line that is wrong."""
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"{path} does not exist; expected a TOML file of settings") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

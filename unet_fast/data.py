@@ -28,9 +28,11 @@ __all__ = [
     "Labelled",
     "agreed",
     "check_finite",
+    "check_same_size",
     "class_balance",
     "instances_of",
     "label_facts",
+    "label_ids",
     "label_values",
     "read_labelled",
     "split",
@@ -168,16 +170,28 @@ def check_finite(stack: Stack) -> None:
 def label_values(picture: Stack, label: Stack, ignore: int | None) -> np.ndarray[Any, Any]:
     """Ids [D, H, W] int64, -1 where ignored."""
     check_finite(picture)
-    check_finite(label)
+    check_same_size(picture, label)
+    return label_ids(label, ignore)
+
+
+def check_same_size(picture: Stack, label: Stack) -> None:
+    """Raise BadInput unless labels have their image's slices, rows and columns."""
     a, b = picture.pixels.shape, label.pixels.shape
     if (a[0], *a[2:]) != (b[0], *b[2:]):
         raise BadInput(f"{label.path} is {_described(b)}, its image {picture.path.name} is {_described(a)}")
+
+
+def label_ids(label: Stack, ignore: int | None) -> np.ndarray[Any, Any]:
+    """As `label_values`, of a label file by itself."""
+    check_finite(label)
     values = label.pixels[:, 0]
     if values.dtype.kind == "f" and not (values == np.round(values)).all():
         odd = values[values != np.round(values)].flat[0]
         raise BadInput(f"{label.path} must hold whole numbers as labels, got {odd:g}")
     if values.dtype.kind != "i" and values.size and values.max() >= 2**31:
         raise BadInput(f"{label.path} has label {values.max():.0f}, which does not fit 32 bits")
+    if values.dtype.kind == "f":
+        values = values.clip(min=-(2**31))  # what a file writes for "nothing" may be -3e38
     values = values.astype(np.int64)
     if ignore is not None:
         values = np.where(values == ignore, -1, values)
@@ -277,9 +291,9 @@ def split(examples: Sequence[Example], share: float) -> tuple[list[Example], lis
         return list(examples[:-count]), list(examples[-count:])
     only = examples[0]
     rows = only.image.shape[1]
-    cut = rows - max(1, round(share * rows))
-    if cut < 1:
+    if rows == 1:
         return [only], []
+    cut = rows - min(rows - 1, max(1, round(share * rows)))
     above = Example(f"{only.name} rows 0-{cut - 1}", only.image[:, :cut], only.instances[:cut], only.class_of)
     below = Example(f"{only.name} rows {cut}-{rows - 1}", only.image[:, cut:], only.instances[cut:], only.class_of)
     return [above], [below]

@@ -4,6 +4,7 @@ Readers return truncated stacks in silence, so a TIFF's pages and byte counts ar
 Files are written beside their place and renamed, so that none is ever half there.
 """
 
+import logging
 import os
 import struct
 import tempfile
@@ -35,8 +36,8 @@ TIFF = (".tif", ".tiff")
 SUFFIXES = (*TIFF, ".png", ".jpg", ".jpeg", ".bmp")
 AXES = ("YX", "CYX", "YXC", "ZYX", "ZCYX", "ZYXC")
 
-# what tifffile calls an axis that nobody named (I, Q), time and sequences: all of them a pile of images
-_PILES = "ZTIQR"
+# what tifffile has to say of a damaged file is in the error; without a handler it would stand on stderr too
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +68,17 @@ def list_images(path: Path) -> list[Path]:
     """
     if not path.exists():
         raise BadInput(f"{path} does not exist")
-    if path.is_file():
+    if not path.is_dir():
+        if not path.is_file():
+            raise BadInput(f"{path} is neither a file nor a folder")
         if path.suffix.lower() not in SUFFIXES:
             raise BadInput(f"{path} must be one of {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}")
         return [path]
     found = [p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
     if not found:
         raise BadInput(f"{path} has no image in it; expected files ending in {', '.join(SUFFIXES)}")
-    return sorted(found, key=_natural)
+    # x1 and x01 are one number: the name decides, not the file system
+    return sorted(found, key=lambda p: (_natural(p), p.name))
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
@@ -111,6 +115,8 @@ def read_stack(path: Path, *, axes: str | None = None, labels: bool = False) -> 
         if len(axes) != array.ndim:
             raise BadInput(f"{path} has {array.ndim} axes of {_sizes(array.shape)}, axes said {axes}")
         found = axes
+    if 0 in array.shape:
+        raise BadInput(f"{path} is empty: {_sizes(array.shape)}")
     if array.dtype == bool:
         array = array.astype(np.uint8)
     if array.dtype.kind not in "uif" or array.dtype == np.float16:
@@ -122,9 +128,7 @@ def read_stack(path: Path, *, axes: str | None = None, labels: bool = False) -> 
                 f"{path} holds labels in {pixels.shape[1]} channels that differ; expected one channel of ids"
             )
         pixels = pixels[:, :1]
-    if 0 in pixels.shape:
-        raise BadInput(f"{path} is empty: {_sizes(array.shape)}")
-    return Stack(path, pixels, any(a in _PILES for a in found), found)
+    return Stack(path, pixels, any(a not in "CSYX" for a in found), found)
 
 
 def _as_slices(path: Path, array: np.ndarray[Any, Any], axes: str) -> np.ndarray[Any, Any]:
@@ -153,9 +157,12 @@ def _read_picture(path: Path, labels: bool) -> tuple[np.ndarray[Any, Any], str]:
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # microscopes make large images
     try:
+        _refuse_deep_colours(path)
         with Image.open(path) as picture:
-            array = np.array(picture.convert("RGB") if picture.mode == "P" and not labels else picture)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+            array = np.array(picture if picture.mode != "CMYK" and (labels or picture.mode != "P") else _rgb(picture))
+    except (BadInput, MemoryError):
+        raise
+    except Exception as error:  # damage takes a reader anywhere: SyntaxError, OverflowError, struct.error, ...
         raise BadInput(f"{path} cannot be read as an image: {_one_line(error)}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
@@ -163,6 +170,19 @@ def _read_picture(path: Path, labels: bool) -> tuple[np.ndarray[Any, Any], str]:
         array = array[..., :-1]  # an opacity that is the same everywhere says nothing
         array = array[..., 0] if array.shape[2] == 1 else array
     return array, "YX" if array.ndim == 2 else "YXC"
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    # by RGBA: a palette may hold opacities, which RGB has no place for
+    return picture.convert("RGBA").convert("RGB") if picture.mode == "P" else picture.convert("RGB")
+
+
+def _refuse_deep_colours(path: Path) -> None:
+    """Pillow keeps 8 of the 16 bits of a PNG in colours, in silence."""
+    with path.open("rb") as file:
+        head = file.read(26)
+    if len(head) == 26 and head[1:4] == b"PNG" and head[24] == 16 and head[25] != 0:
+        raise BadInput(f"{path} is a PNG of several channels of 16 bits, of which 8 would be lost; save it as TIFF")
 
 
 def _read_tiff(path: Path) -> tuple[np.ndarray[Any, Any], str]:
@@ -180,9 +200,9 @@ def _read_tiff(path: Path) -> tuple[np.ndarray[Any, Any], str]:
             if array.shape != series.shape:
                 raise BadInput(f"{path} announces {_sizes(series.shape)} but holds {_sizes(array.shape)}")
             return array, series.axes
-    except BadInput:
+    except (BadInput, MemoryError):
         raise
-    except (OSError, ValueError, struct.error, tifffile.TiffFileError, KeyError, IndexError) as error:
+    except Exception as error:  # damage takes a reader anywhere: zlib.error, TypeError, ZeroDivisionError, ...
         if "imagecodecs" in str(error):
             hint = "pip install imagecodecs reads it"
             raise BadInput(f"{path} is compressed in a way that needs another library; {hint}") from error
@@ -296,10 +316,15 @@ def write_tiff(path: Path, array: np.ndarray[Any, Any], axes: str) -> None:
         if array.dtype in (np.uint8, np.uint16, np.float32) and array.nbytes < 2**31:
             top = int(array.max()) if integers else 1
             metadata = {"axes": axes, "min": 0.0, "max": float(max(1, top))}
-            tifffile.imwrite(temporary, array, imagej=True, metadata=metadata, compression=compression)
+            tifffile.imwrite(temporary, array, imagej=True, metadata=metadata, photometric="minisblack", compression=compression)
         else:
             tifffile.imwrite(
-                temporary, array, bigtiff=array.nbytes >= 2**31, metadata={"axes": axes}, compression=compression
+                temporary,
+                array,
+                bigtiff=array.nbytes >= 2**31,
+                photometric="minisblack",
+                metadata={"axes": axes},
+                compression=compression,
             )
 
 

@@ -1,5 +1,6 @@
 """Grey values to the range the net was trained on; kept with the model, so that prediction does the same."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ class Normalisation:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise BadInput(f"normalisation must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            raise BadInput(f"normalisation must have finite low and high, got low {self.low} and high {self.high}")
         if self.kind != "none" and not self.low < self.high:
             raise BadInput(f"normalisation must have low below high, got low {self.low} and high {self.high}")
         if self.kind == "percentile" and not (self.low >= 0 and self.high <= 100):

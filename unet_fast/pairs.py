@@ -22,7 +22,7 @@ _LABEL_PREFIX = re.compile(rf"^({_WORDS})[_\-. ]", re.IGNORECASE)
 _IMAGE_SUFFIX = re.compile(r"[_\-. ](image|images|img|raw)$", re.IGNORECASE)
 _IMAGE_PREFIX = re.compile(r"^(image|img|raw)[_\-. ]", re.IGNORECASE)
 _IMAGE_FOLDERS, _LABEL_FOLDERS = ("images", "image", "raw"), ("masks", "labels", "mask", "label")
-_CTC_FRAME, _CTC_LABEL = re.compile(r"^(?:t|mask)(\d+)$"), re.compile(r"^man_seg_?(\d+)$")
+_CTC_FRAME, _CTC_LABEL = re.compile(r"^(?:t|mask)(\d+)$"), re.compile(r"^man_(?:seg|track)_?(\d+)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def _folder_in(folder: Path, names: tuple[str, ...]) -> Path | None:
 def _in_one_folder(folder: Path) -> Pairing:
     files = list_images(folder)
     labels = [p for p in files if _label_key(p) != p.stem]
-    images = [p for p in files if p not in labels]
+    images = [p for p in files if _label_key(p) == p.stem]
     if not labels or not images:
         raise BadInput(
             f"{folder} must hold images and their labels, such as x.png and x_mask.png, or images/ and masks/"

@@ -51,14 +51,14 @@ def load(path: str | Path) -> FastUNet:
     path = path / MODEL if path.is_dir() else path
     tensors, about = read_tensors(path)
     try:
-        model = FastUNet(**about["net"])
+        # in its own dtype first: a float64 weight must not pass through float32
+        model = FastUNet(**about["net"]).to(next(iter(tensors.values())).dtype)
         model.load_state_dict(tensors)
         if about["normalisation"]:
             model.normalisation = Normalisation(**about["normalisation"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, StopIteration) as error:
         raise BadInput(f"{path} does not hold a FastUNet this version can build: {error}") from error
-    dtype = next(iter(tensors.values())).dtype
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:

@@ -83,11 +83,13 @@ def plan_tiles(
         padding = getattr(model, "padding", padding)
     if len(shape) < 2 or min(shape[-2:]) < 1:
         raise BadInput(f"an image must have at least one row and one column, got {list(shape)}")
-    sides = [tile_in] * 2 if tile_in is None or isinstance(tile_in, int) else list(tile_in)
-    if len(sides) != 2:
-        raise BadInput(f"tile_in must be one side or rows and columns, got {tile_in!r}")
+    sides = list(tile_in) if isinstance(tile_in, Sequence | np.ndarray) else [tile_in] * 2
+    if len(sides) != 2 or not all(side is None or hasattr(side, "__index__") for side in sides):
+        raise BadInput(f"tile_in must be one side or rows and columns, in whole pixels, got {tile_in!r}")
     cutter = _Cutter(depth, up_mode, padding)
-    rows, columns = (cutter.cut(int(n), side) for n, side in zip(shape[-2:], sides, strict=True))
+    rows, columns = (
+        cutter.cut(int(n), None if side is None else int(side)) for n, side in zip(shape[-2:], sides, strict=True)
+    )
     read = rows.tile * columns.tile * rows.count * columns.count
     return TilePlan(
         shape=(int(shape[-2]), int(shape[-1])),
@@ -200,20 +202,21 @@ def predict(
 
     Raises:
         ValueError: the axes are unclear, the number of channels is another, NaN or infinite pixels, a tile that does
-            not fit, an `out` of another shape.
+            not fit, an `out` of another shape, a batch of none.
     """
     if output not in OUTPUTS:
         raise BadInput(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
-    tensor_in = isinstance(image, Tensor)
-    pixels = image.detach().cpu().numpy() if tensor_in else np.asarray(image)
-    slices, piled = _slices(pixels, axes, int(getattr(model, "in_channels", 1)))
+    if batch < 1:
+        raise BadInput(f"batch must be 1 or more, got {batch}")
+    slices, piled = _slices(_pixels(image), axes, int(getattr(model, "in_channels", 1)))
     if slices.dtype.kind == "f" and not np.isfinite(slices).all():
         raise BadInput(f"image has {int((~np.isfinite(slices)).sum())} NaN or infinite pixels; replace them first")
     plan = plan_tiles(slices.shape, tile_in=tile_in, model=model)
     classes = int(getattr(model, "out_channels", 2))
     inner = plan.shape if output == "labels" else (classes, *plan.shape)
     shape = (len(slices), *inner) if piled else inner
-    if out is None:
+    made_here = out is None
+    if made_here:
         out = np.empty(shape, _dtype(model, output, classes))
     elif tuple(out.shape) != shape:
         raise BadInput(f"out must have shape {list(shape)}, got {list(out.shape)}")
@@ -223,7 +226,15 @@ def predict(
                 where = (..., slice(row, row + tile.shape[-2]), slice(column, column + tile.shape[-1]))
                 out[(z, *where) if piled else where] = _as_output(tile, output, out)
                 bar.advance(f"slice {z + 1} of {len(slices)}" if piled else "")
-    return torch.from_numpy(out).to(image.device) if tensor_in and isinstance(out, np.ndarray) else out
+    return torch.from_numpy(out).to(image.device) if made_here and isinstance(image, Tensor) else out
+
+
+def _pixels(image: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(image, Tensor):
+        return np.asarray(image)
+    image = image.detach().cpu()
+    # numpy has no bfloat16
+    return np.asarray(image.float() if image.dtype == torch.bfloat16 else image)
 
 
 def _slices(pixels: np.ndarray[Any, Any], axes: str | None, channels: int) -> tuple[np.ndarray[Any, Any], bool]:
@@ -248,7 +259,8 @@ def _slices(pixels: np.ndarray[Any, Any], axes: str | None, channels: int) -> tu
         raise BadInput(f"image must have {channels} channel(s) like the model, got {pixels.shape[1]}")
     if 0 in pixels.shape:
         raise BadInput(f"an image must have at least one row and one column, got {list(pixels.shape)}")
-    return pixels, "Z" in axes
+    # a mask is no number to a percentile
+    return pixels.astype(np.uint8) if pixels.dtype == bool else pixels, "Z" in axes
 
 
 def _dtype(model: nn.Module, output: str, classes: int) -> Any:
@@ -295,8 +307,8 @@ def _outputs(
     for first in range(0, len(places), batch):
         some = places[first : first + batch]
         tiles = np.stack([window(plane, place, plan) for place in some])
-        # astype: torch has no arithmetic on uint16
-        tiles = tiles if tiles.dtype.kind == "f" else tiles.astype(np.float32)
+        # torch takes neither uint16 nor the byte order of another machine
+        tiles = tiles.astype(np.float64 if parameter.dtype == torch.float64 else np.float32, copy=False)
         logits = model(torch.from_numpy(tiles).to(parameter.device, parameter.dtype))
         start = plan.halo if logits.shape[-2:] == tiles.shape[-2:] else 0
         for (row, column), tile in zip(some, logits, strict=True):
@@ -328,6 +340,7 @@ def seam_check(model: nn.Module, image: Any, *, tile_in: int | None = None, axes
         the largest difference of the logits, their standard deviation, how many labels differ, the number of tiles,
         and `difference` [H, W], the largest over classes (and slices).
     """
+    image = _pixels(image)
     one_piece = plan_tiles(np.shape(image) if axes is None else _shape(image, axes), tile_in=None, model=model)
     cutter = _Cutter(
         getattr(model, "depth", 4), getattr(model, "up_mode", "deconv"), getattr(model, "padding", "valid")

@@ -86,7 +86,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     """
     state = _newest(config.out) if resume else None
     if state is not None:
-        _refuse_changes(config, state.about["config"])
+        config = _continued(config, state.about["config"])
     else:
         _refuse_other_run(config.out)
     normalisation = _normalisation(config)
@@ -106,6 +106,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     sampler = _Sampler(learn, config, tile)
     steps = config.steps or (config.epochs * sampler.per_epoch if config.epochs else 10_000)
     config = config.with_(tile=tile, classes=classes, steps=steps, epochs=None)
+    if state is not None:
+        config = _continued(config, state.about["config"])
     weights = class_balance(learn) if config.balance else (1.0,) * classes
     if len(weights) < classes:
         raise BadInput(f"the training set has no pixel of class {classes - 1}; train with classes {len(weights)}")
@@ -127,6 +129,8 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
 def resumed_config(out: Path, **overrides: Any) -> TrainConfig:
     """The settings of the run in `out`, for continuing it."""
     settings = read_toml(out / "config.toml")
+    if overrides.get("epochs") is not None:
+        del settings["steps"]  # the same run, its length said as it was at first
     return TrainConfig.from_dict({**settings, "out": str(out)}, **overrides)
 
 
@@ -213,6 +217,10 @@ class _Run:
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, warm, self.steps))
         self.step, self.best, self.best_step, self.seconds = 0, -math.inf, 0, 0.0
         self.log: list[dict[str, Any]] = []
+        # since the last row of the log
+        self.losses: list[Tensor] = []
+        # in the middle of an update the weights belong to no step
+        self.updating = False
 
     # ---- what lies on disk
 
@@ -266,6 +274,7 @@ class _Run:
             "seconds": self.seconds,
             "config": self.config.as_dict(),
             "log": self.log,
+            "losses": [float(loss) for loss in self.losses],
         }
         write_tensors(folder / f"{self.step:08d}.safetensors", tensors, about)
         for old in sorted(folder.glob("*.safetensors"))[:-2]:
@@ -281,7 +290,7 @@ class _Run:
         about = state.about
         self.step, self.best_step, self.seconds = about["step"], about["best_step"], about["seconds"]
         self.best = -math.inf if about["best"] is None else about["best"]
-        self.log = about["log"]
+        self.log, self.losses = about["log"], [torch.tensor(loss, device=self.device) for loss in about["losses"]]
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * _rate(self.step, round(self.config.warmup * self.steps), self.steps)
         self.rate.last_epoch = self.step
@@ -291,23 +300,27 @@ class _Run:
 
     def loop(self, progress: bool) -> None:
         start, before = time.monotonic(), self.seconds
-        losses: list[Tensor] = []
         with Progress("train", self.steps, done=self.step, shown=progress) as bar:
             try:
+                # an interrupted report is made up for
+                self._report_if_due()
                 while self.step < self.steps:
-                    losses.append(self._one_step())
+                    self._one_step()
                     self.seconds = before + time.monotonic() - start
-                    log = self.step % self.config.log_every == 0 or self.step == self.steps
-                    check = self.step % self.validate_every == 0 or self.step == self.steps
-                    if log or check:
-                        self._report(losses, check)
-                        losses = []
+                    self._report_if_due()
                     bar.advance(self._message())
             except KeyboardInterrupt:
-                self.keep_state()
+                if not self.updating:
+                    self.keep_state()
                 raise
 
-    def _one_step(self) -> Tensor:
+    def _report_if_due(self) -> None:
+        last = self.step == self.steps
+        check = last or self.step % self.validate_every == 0
+        if self.losses and (check or self.step % self.config.log_every == 0):
+            self._report(check)
+
+    def _one_step(self) -> None:
         image, instances, target = (t.to(self.device) for t in self.sampler.batch(self.step))
         # dropout's draws belong to the step, not to what was drawn before it
         torch.manual_seed(hash((self.config.seed, self.step)) & (2**62 - 1))
@@ -317,13 +330,18 @@ class _Run:
         loss.backward()
         if self.config.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.updating = True
         self.optimizer.step()
         self.rate.step()
         self.step += 1
-        return loss.detach()
+        self.losses.append(loss.detach())
+        self.updating = False
 
-    def _report(self, losses: Sequence[Tensor], check: bool) -> None:
-        loss = float(torch.stack(list(losses)).mean())
+    def _report(self, check: bool) -> None:
+        loss = float(torch.stack(self.losses).mean())
+        # the last update may have thrown away what the losses before it show as good
+        if check and math.isfinite(loss) and not all(p.isfinite().all() for p in self.model.parameters()):
+            loss = math.nan
         if not math.isfinite(loss):
             raise BadInput(
                 f"the loss became {loss} at step {self.step}; a smaller lr than {self.config.lr:g} is needed "
@@ -336,14 +354,16 @@ class _Run:
         if check:
             scores = self.validation.scores(self.model)
             score = scores.get("score")
-            better = score is None or score > self.best
+            # the same step again, where its report was interrupted
+            better = score is None or score > self.best or self.step == self.best_step
             if better:
-                self.best, self.best_step = -math.inf if score is None else score, self.step
                 save(self.model, self.config.out / MODEL)
+                self.best, self.best_step = -math.inf if score is None else score, self.step
             row |= {k: f"{v:.6g}" for k, v in scores.items() if k != "score" and v is not None}
             row["best"] = int(better)
         row["seconds"] = f"{self.seconds:.1f}"
         self.log.append(row)
+        self.losses = []
         self._write_log()
         if check:
             self.keep_state()
@@ -411,13 +431,12 @@ class _Validation:
             "val_cell_iou": cells.mean_iou,
             "val_ap50": cells.average_precision["0.50"],
         }
-        if truths:
-            pooled = np.concatenate(probabilities)[None], np.concatenate(truths)[None]
-            scores["val_pixel_error"] = metrics.pixel_error(*pooled)
         # what "best" means: the cells, or the pixels at the best threshold for a mask, or the classes' area
-        score = {"instance": cells.mean_average_precision, "binary": -(scores.get("val_pixel_error") or 0.0)}.get(
-            self.kind
-        )
+        score = cells.mean_average_precision if self.kind == "instance" else None
+        if truths:
+            error = metrics.pixel_error(np.concatenate(probabilities)[None], np.concatenate(truths)[None])
+            scores["val_pixel_error"] = error
+            score = -error if self.kind == "binary" else score
         return scores | {"score": iou if score is None else score}
 
 
@@ -456,11 +475,14 @@ def _refuse_other_run(out: Path) -> None:
         raise BadInput(f"{out} holds a run already; --resume continues it, or choose another --out")
 
 
-def _refuse_changes(config: TrainConfig, before: dict[str, Any]) -> None:
+def _continued(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
+    """The settings of a run that goes on: what is left open now is as it was, what differs is refused by name."""
     now = config.as_dict()
-    for key in sorted({*now, *before} - set(_FREE_ON_RESUME)):
-        # what was left open at first was resolved when the run began
-        if now.get(key) != before.get(key) and key in now:
+    # epochs become steps when the data are known
+    for key in sorted(set(now) - {*_FREE_ON_RESUME, "epochs"}):
+        if now[key] != before.get(key):
             raise BadInput(
                 f"{key} was {before.get(key)!r} when the run began and is {now[key]!r} now; it cannot change"
             )
+    left_open = set(before) - {*now, *_FREE_ON_RESUME, *(("steps",) if config.epochs else ())}
+    return config.with_(**{key: before[key] for key in left_open})

@@ -35,7 +35,7 @@ def native() -> ctypes.CDLL:
 
 
 @cache
-def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str:  # noqa: ARG001 (as for Triton's)
+def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Why the C++ library cannot serve a device, in a few words; empty where it can."""
     if device.type != "cpu":
         return f"the C++ library is for the CPU, not {device.type}"

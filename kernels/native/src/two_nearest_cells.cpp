@@ -9,7 +9,20 @@
 #include <new>
 #include <vector>
 
+#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+#include <unistd.h>
+#endif
+
 namespace {
+
+// A fork copies no threads, and OpenMP would wait for those that its child has lost: whoever was forked after this
+// library was loaded works alone.
+#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
+const pid_t kLoadedBy = getpid();
+bool may_share_work() { return getpid() == kLoadedBy; }
+#else
+[[maybe_unused]] bool may_share_work() { return true; }
+#endif
 
 // an id of 0 is no cell and lies this far away; twice it does not overflow
 constexpr int64_t kFar = int64_t{1} << 60;
@@ -64,7 +77,7 @@ void one_image(const int32_t *ids, int64_t height, int64_t width, double reach, 
   const int64_t furthest = reach < static_cast<double>(width) * static_cast<double>(width)
                                ? static_cast<int64_t>(std::floor(std::sqrt(reach)))
                                : width;
-#pragma omp parallel
+#pragma omp parallel if (may_share_work())
   {
     // blocks of columns, so that rows are read in runs and no two threads share a column
 #pragma omp for schedule(static)
