@@ -40,7 +40,7 @@ def unet_fast(*words: str | Path) -> str:
 # ## A fifth held out
 
 # %%
-images = list_images(data / "images")
+images = sorted(list_images(data / "images"), key=lambda path: path.name)
 for number, image in enumerate(images):
     block = out / ("test" if number % 5 == 0 else "train")
     for source in (image, data / "labels" / f"{image.stem}.tif"):

@@ -50,7 +50,7 @@ class Findings:
     def render(self) -> str:
         """The findings as text for a reader."""
         lines = [f"pairs of files   {self.pairs}, {self.slices} slices in all"]
-        lines += [f"  {count:5d} x       {shape}" for shape, count in self.shapes.items()]
+        lines += [f"{count:8d} x       {shape}" for shape, count in self.shapes.items()]
         if self.grey_values:
             lines.append(f"grey values      {self.grey_values}")
         facts = self.labels
@@ -61,11 +61,11 @@ class Findings:
                 f"label values     0, {shown} ({len(values)} beside 0)" if values else "label values     only 0"
             )
             lines.append(f"labelled pixels  {facts['share']:.1%}")
-            if facts.get("cells") is not None:
+            if facts.get("cells"):
                 sizes = f"{facts['smallest']} to {facts['largest']} pixels, median {facts['median']:.0f}"
-                lines.append(
-                    f"cells            {facts['cells']}, {sizes}" if facts["cells"] else "cells            none"
-                )
+                lines.append(f"cells            {facts['cells']}, {sizes}")
+            elif "cells" in facts:
+                lines.append("cells            none")
         meanings = {
             "binary": "a mask: its 4-connected parts are the cells",
             "class": "classes: every value is a kind of pixel",

@@ -46,6 +46,11 @@ class Scaling(StrEnum):
     NONE = "none"
 
 
+class Preset(StrEnum):
+    PAPER = "paper"
+    SMALL = "small"
+
+
 class UpMode(StrEnum):
     DECONV = "deconv"
     RESIZE = "resize"
@@ -77,7 +82,8 @@ def _sentences() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        _stop(f"out of memory; a smaller --tile needs less ({str(error).splitlines()[0]})", OUT_OF_MEMORY)
+        details = str(error).splitlines() or ["nothing more is known"]
+        _stop(f"out of memory; a smaller --tile needs less ({details[0]})", OUT_OF_MEMORY)
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
 
@@ -85,7 +91,8 @@ def _sentences() -> Iterator[None]:
 def _stop(sentence: str, code: int) -> None:
     if os.environ.get("UNET_FAST_DEBUG"):
         raise
-    typer.echo(f"error: {sentence}", err=True)
+    # a file's name may hold a line break
+    typer.echo(f"error: {' '.join(sentence.split())}", err=True)
     raise typer.Exit(code) from None
 
 
@@ -123,7 +130,9 @@ def train(
     images: Annotated[Path | None, typer.Option("--images", "-i", help=_IMAGES)] = None,
     labels: Annotated[Path | None, typer.Option("--labels", help=_LABELS)] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings; flags win.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
+    ] = False,
     label_kind: Annotated[LabelKind | None, typer.Option(help=_KIND + " Default: auto.")] = None,
     ignore: Ignore = None,
     axes: Axes = None,
@@ -133,6 +142,10 @@ def train(
     ] = None,
     low: Annotated[float | None, typer.Option(help="Percentile (1) or grey value that becomes 0.")] = None,
     high: Annotated[float | None, typer.Option(help="Percentile (99.8) or grey value that becomes 1.")] = None,
+    preset: Annotated[
+        Preset,
+        typer.Option(help="paper: the paper's numbers, for a GPU. small: a narrow net and fewer steps, for a CPU."),
+    ] = Preset.PAPER,
     features: Annotated[
         str | None, typer.Option(help="Channels per level, such as 16,32,64,128. Default: the paper's 64,...,1024.")
     ] = None,
@@ -170,25 +183,28 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a U-Net on images and labels, as the paper did; everything about the run lies in --out."""
-    given = {k: v for k, v in locals().items() if k not in ("config", "resume", "quiet", "features")}
+    given = {k: v for k, v in locals().items() if k not in ("config", "resume", "quiet", "features", "preset")}
     given = {k: v.value if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None}
     if features is not None:
         given["features"] = _numbers("--features", features)
     if resume and out is None:
         raise typer.BadParameter("say which run to continue", param_hint="--out")
     with _sentences():
-        from .config import TrainConfig, read_toml
-        from .figures import draw_curves
+        from .config import PRESETS, TrainConfig, read_toml
         from .training import resumed_config, train
 
         if config is not None:
             given = {**read_toml(config), **given}
+        if not resume:
+            chosen = dict(PRESETS[preset.value])
+            if "epochs" in given:
+                chosen.pop("steps", None)
+            given = {**chosen, **given}
         for needed in () if resume else ("images", "labels", "out"):
             if needed not in given:
                 raise typer.BadParameter("must be given, here or in --config", param_hint=f"--{needed}")
         settings = resumed_config(**{"out": out, **given}) if resume else TrainConfig.from_dict(given)
         result = train(settings, resume=resume, progress=not quiet)
-        draw_curves(result.run / "curves.png", {result.run.name: result.log})
         typer.echo(f"best model (step {result.best_step}): {result.run / 'model.safetensors'}", err=True)
 
 

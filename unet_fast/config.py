@@ -13,7 +13,14 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 from . import geometry
 from .errors import BadInput
 
-__all__ = ["TrainConfig"]
+__all__ = ["PRESETS", "TrainConfig"]
+
+
+# settings under one name; "small" is for a CPU: a narrow net, and a momentum that a few thousand steps can use
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "small": {"features": (16, 32, 64, 128), "momentum": 0.9, "lr": 0.02, "dropout": 0.0, "steps": 4000},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +58,7 @@ class TrainConfig:
     steps: int | None = None
     epochs: int | None = None
     # with momentum 0.99 the effective rate is 100 times this one
-    lr: float = 0.001
+    lr: float = 0.002
     # the share of steps in which the rate rises from 0; it falls to 0 by a cosine afterwards
     warmup: float = 0.05
     # gradients longer than this are scaled down to it; one bad tile then cannot throw the net away. 0: never
@@ -108,8 +115,8 @@ class TrainConfig:
             raise BadInput(f"grid must be 2 or more, got {self.grid}")
         if self.classes is not None and not 2 <= self.classes <= 256:
             raise BadInput(f"classes must be 2 to 256, background included, got {self.classes}")
-        if self.seed < 0:
-            raise BadInput(f"seed must be 0 or more, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"seed must be 0 or more and fit 64 bits, got {self.seed}")
         for name in ("low", "high"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
@@ -137,7 +144,7 @@ class TrainConfig:
         types_of = get_type_hints(cls)
         for key, value in settings.items():
             if key not in types_of:
-                near = difflib.get_close_matches(key, types_of, 1)
+                near = difflib.get_close_matches(key.lower(), types_of, 1)
                 raise BadInput(f"config has the unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
             settings[key] = _as_type(key, value, types_of[key])
         missing = [f.name for f in fields(cls) if f.name in ("images", "labels", "out") and f.name not in settings]

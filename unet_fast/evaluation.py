@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import metrics
-from .data import label_facts, label_values, understand
+from .data import agreed, label_facts, label_values, understand
 from .errors import BadInput
 from .files import list_images, read_stack
 from .pairs import Pairing, pair
@@ -108,7 +108,9 @@ def evaluate(
     facts = label_facts(truths)
     if kind == "auto":
         kind = "instance" if pairing.tracking else understand(facts, truth)
-    classes = facts["highest"] + 1 if kind == "class" else 2
+    else:
+        kind = agreed(kind, facts, truth)
+    classes = max(2, facts["highest"] + 1) if kind == "class" else 2
     counters = [
         _Counts.of(name, planes, ids, kind, classes, wanted)
         for (stack, _), values in zip(stacks, truths, strict=True)

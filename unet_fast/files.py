@@ -280,7 +280,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except OSError as error:
-        raise BadInput(f"{path} cannot be written: {error.strerror or error}") from error
+        raise BadInput(f"{path} cannot be written: {error.strerror or f'{error}; is the disk full?'}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -313,10 +313,13 @@ def write_tiff(path: Path, array: np.ndarray[Any, Any], axes: str) -> None:
     integers = array.dtype.kind == "u"
     compression = "zlib" if integers else None
     with replacing(path) as temporary:
-        if array.dtype in (np.uint8, np.uint16, np.float32) and array.nbytes < 2**31:
+        # of an image one pixel wide, tifffile's ImageJ files lose their axes
+        if array.dtype in (np.uint8, np.uint16, np.float32) and array.nbytes < 2**31 and array.shape[-1] > 1:
             top = int(array.max()) if integers else 1
             metadata = {"axes": axes, "min": 0.0, "max": float(max(1, top))}
-            tifffile.imwrite(temporary, array, imagej=True, metadata=metadata, photometric="minisblack", compression=compression)
+            tifffile.imwrite(
+                temporary, array, imagej=True, metadata=metadata, photometric="minisblack", compression=compression
+            )
         else:
             tifffile.imwrite(
                 temporary,

@@ -56,14 +56,16 @@ class BorderWeightedCrossEntropy(nn.Module):
         if instances.dim() != 3 or instances.shape[-2] < rows or instances.shape[-1] < columns:
             raise ValueError(f"instances must be [N, H, W] with at least {rows}x{columns}, got {list(instances.shape)}")
         if target is None:
-            cut = unet_kernels.cut_gap(instances)
+            cut = unet_kernels.cut_gap(instances).long()
             target = (cut > 0).long().masked_fill_(cut < 0, -1)
         if target.shape[-2:] != logits.shape[-2:]:
             target = _centre(target, rows, columns)
         weight = unet_kernels.border_weight(
             instances, w0=self.w0, sigma_px=self.sigma_px, class_weight=(0.0, 0.0), region=self.region
         )
-        ignored = _centre(instances, rows, columns) < 0
+        # long: torch compares no uint16, and a uint8 target has no room for -100
+        ignored = _centre(instances, rows, columns).long() < 0
+        target = target if target.is_floating_point() else target.long()
         weight = _centre(weight, rows, columns) + self._balance(target, logits.shape[1])
         target = target.masked_fill(ignored | (target < 0), -100)
         return unet_kernels.weighted_cross_entropy(logits, target, weight, reduction=self.reduction)

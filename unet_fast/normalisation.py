@@ -41,7 +41,8 @@ class Normalisation:
         if self.kind == "none":
             return image.astype(np.float32)
         if self.kind == "range":
-            low, high = self.low, self.high
+            # whole numbers would wrap around in an unsigned image
+            low, high = np.float64(self.low), np.float64(self.high)
         else:
             flat = image.reshape(*image.shape[:-2], -1)
             low, high = np.percentile(flat, (self.low, self.high), axis=-1)[..., None, None]

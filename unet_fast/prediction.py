@@ -56,8 +56,10 @@ def predict_files(
     sources = list_images(images)
     targets = _targets(images, sources, out, output)
     tiles = 0
-    for source in sources:
+    for source, target in zip(sources, targets, strict=True):
         stack = _readable(source, model, axes)
+        if stack.is_stack and target.suffix.lower() == ".png":
+            raise BadInput(f"{target} cannot hold a stack; use .tif")
         tiles += len(plan_tiles(stack.pixels.shape, tile_in=tile_in, model=model)) * len(stack.pixels)
     for folder in {target.parent for target in targets}:
         writable_folder(folder)
@@ -110,8 +112,6 @@ def _segment(model: FastUNet, stack: Stack, output: str, tile_in: int | None, mi
 
 def _write(target: Path, result: np.ndarray[Any, Any], is_stack: bool) -> None:
     if target.suffix.lower() == ".png":
-        if is_stack:
-            raise BadInput(f"{target} cannot hold a stack; use .tif")
         write_picture(target, result[0])
     else:
         axes = "ZCYX" if result.ndim == 4 else "ZYX"

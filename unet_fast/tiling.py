@@ -119,8 +119,9 @@ class _Cutter:
         self.same = padding == "same"
         self.halo = geometry.halo(depth)
         if self.same:
-            # up to here a padded zero can be felt; tiles of padded nets start on the grid themselves
-            self.halo = -(-(self.halo + self.spoiled) // self.step) * self.step
+            # up to here a padded zero can be felt: two pixels further than a halo, because the pooling grid begins at
+            # the tile's first pixel and not at its third; tiles of padded nets start on the grid themselves
+            self.halo = -(-(self.halo + 2 + self.spoiled) // self.step) * self.step
             self.spoiled = 0
 
     def right(self, tile: int) -> int:

@@ -56,7 +56,7 @@ def test_doctor_prints_data_and_nothing_else() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert set(found["ops"]) == set(OPS)
-    assert all(lanes["cpu"][0] == "torch" and lanes["cpu"][1] for lanes in found["ops"].values())
+    assert all(lanes["cpu"][0] in ("torch", "native") and lanes["cpu"][1] for lanes in found["ops"].values())
     assert found["libraries"]["torch"] != "not installed"
 
 

@@ -53,7 +53,7 @@ AS_SLICES: dict[str, Callable[[Array], Array]] = {
 
 def _pixels(shape: tuple[int, ...], dtype: Any, seed: int = 0) -> Array:
     values = np.random.default_rng(seed).integers(0, 250, shape)
-    return values % 2 == 1 if dtype == bool else values.astype(dtype)
+    return values % 2 == 1 if np.dtype(dtype).kind == "b" else values.astype(dtype)
 
 
 def _write(path: Path, array: Array, **options: Any) -> Path:
@@ -64,16 +64,21 @@ def _write(path: Path, array: Array, **options: Any) -> Path:
 # ---- what is written is read
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, bool], ids=lambda d: np.dtype(d).name)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_way_to_write_a_stack_is_read(layout: str, dtype: Any, tmp_path: Path) -> None:
-    options = LAYOUTS[layout]
-    if dtype == bool and (options.get("imagej") or options.get("predictor") or "tile" in options):
-        pytest.skip("no such file: one bit a pixel is in strips")
+# tifffile alone writes no bits in tiles, and no predictor of floats
+def _writable(layout: str, dtype: str) -> bool:
+    odd = {"bool": {"imagej", "predictor", "tile"}, "float32": {"predictor"}}.get(dtype, set())
+    return not odd & set(LAYOUTS[layout])
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [(way, d) for way in LAYOUTS for d in ("uint8", "uint16", "float32", "bool") if _writable(way, d)],
+)
+def test_every_way_to_write_a_stack_is_read(layout: str, dtype: str, tmp_path: Path) -> None:
     stack = _pixels((4, 20, 24), dtype)
-    read = read_stack(_write(tmp_path / "x.tif", stack, **options))
+    read = read_stack(_write(tmp_path / "x.tif", stack, **LAYOUTS[layout]))
     np.testing.assert_array_equal(read.pixels, stack[:, None])
-    assert read.pixels.dtype == (np.uint8 if dtype == bool else dtype)
+    assert read.pixels.dtype == ("uint8" if dtype == "bool" else dtype)
     assert read.pixels.dtype.isnative
     assert read.is_stack
     assert read.names == [f"x.tif[{z}]" for z in range(4)]
@@ -92,12 +97,8 @@ def test_axes_that_are_said_are_taken(axes: str, n: tuple[int, ...], dtype: str)
     with tempfile.TemporaryDirectory() as folder:
         path = _write(Path(folder) / "x.tif", array, metadata=None)
         # tifffile drops axes of size 1 where nobody named them
-        if read_stack_ndim(path) == array.ndim:
+        if tifffile.imread(path).ndim == array.ndim:
             np.testing.assert_array_equal(read_stack(path, axes=axes).pixels, AS_SLICES[axes](array))
-
-
-def read_stack_ndim(path: Path) -> int:
-    return int(tifffile.imread(path).ndim)
 
 
 @given(
@@ -158,9 +159,9 @@ def test_a_palette_is_colours_of_an_image_and_ids_of_labels(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, bool], ids=lambda d: np.dtype(d).name)
 def test_a_grey_png_keeps_its_values(dtype: Any, tmp_path: Path) -> None:
-    values = np.array([[0, 1, 1], [0, 0, 1]]).astype(dtype) if dtype == bool else _pixels((7, 9), dtype) * 1
+    values = _pixels((7, 9), dtype)
     if dtype == np.uint16:
-        values = (values.astype(np.uint32) * 257).astype(np.uint16)
+        values *= 257
     Image.fromarray(values).save(tmp_path / "x.png")
     for labels in (False, True):
         np.testing.assert_array_equal(read_stack(tmp_path / "x.png", labels=labels).pixels[0, 0], values)
@@ -230,19 +231,30 @@ def test_a_file_cut_anywhere_is_exact_or_refused(layout: str, tmp_path: Path) ->
     path = _write(tmp_path / "x.tif", stack, **LAYOUTS[layout])
     whole = path.read_bytes()
     spread = np.random.default_rng(2).integers(0, len(whole), 24).tolist()
-    refused = 0
+    refused = []
     for cut in [*spread, 0, 1, 4, 8, 15, len(whole) // 2, len(whole) - 4, len(whole) - 1]:
         path.write_bytes(whole[:cut])
         try:
             read = read_stack(path)
         except BadInput as error:
-            refused += 1
-            assert str(error).startswith(f"{path} ")
-            assert "\n" not in str(error)
+            refused.append(str(error))
         else:
             np.testing.assert_array_equal(read.pixels, stack[:, None], f"cut at {cut} of {len(whole)}")
             assert read.is_stack
-    assert refused > 20
+    assert len(refused) > 20
+    assert all(said.startswith(f"{path} ") and "\n" not in said for said in refused)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rowsperstrip": 5}, {"tile": (16, 16)}, {"compression": "zlib"}, {"bigtiff": True}], ids=str
+)
+def test_what_is_missing_is_named_with_its_page_and_byte(options: dict[str, Any], tmp_path: Path) -> None:
+    path = _write(tmp_path / "x.tif", _pixels((33, 37), np.uint8), metadata=None, **options)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    said = rf"x\.tif is truncated: a part of page 0 ends at byte {len(whole)}, the file has {len(whole) - 5} bytes"
+    with pytest.raises(BadInput, match=said):
+        read_stack(path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -250,6 +262,7 @@ def test_damage_is_a_sentence_or_is_read_but_never_another_error(layout: str, tm
     path = _write(tmp_path / "x.tif", _pixels((3, 20, 24), np.uint8), **LAYOUTS[layout])
     whole = path.read_bytes()
     rng = np.random.default_rng(3)
+    refused = []
     for _ in range(25):
         damaged = bytearray(whole)
         # the low bits only: a header that announces gigabytes is another test's business
@@ -258,7 +271,8 @@ def test_damage_is_a_sentence_or_is_read_but_never_another_error(layout: str, tm
         try:
             read_stack(path)
         except BadInput as error:
-            assert "\n" not in str(error)
+            refused.append(str(error))
+    assert not any("\n" in said for said in refused)
 
 
 def test_a_changed_byte_in_a_deflated_tiff_is_seen(tmp_path: Path) -> None:
@@ -346,7 +360,7 @@ def test_images_of_different_kinds_in_one_file_are_refused(tmp_path: Path) -> No
     [
         "two words",
         "Zürich_细胞_🔬",
-        "<script>alert(1)</script>".replace("/", ""),
+        "<script>alert(1)<script>",
         "a;b&c|d'e\"f",
         "-rf",
         "%d",
@@ -375,6 +389,15 @@ def test_a_folder_is_in_natural_order_whatever_the_file_system_says(tmp_path: Pa
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     assert [p.name for p in list_images(tmp_path)] == wanted
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_names_of_one_number_are_in_one_order(backwards: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / name for name in ("x001.png", "x01.png", "x1.png")]
+    for file in files:
+        file.touch()
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(files[::-1] if backwards else files))
+    assert list_images(tmp_path) == files
 
 
 @settings(max_examples=30)
@@ -412,8 +435,7 @@ def test_a_block_that_raises_leaves_the_old_file_and_nothing_else(tmp_path: Path
     path.write_text("old")
     for error in (RuntimeError, KeyboardInterrupt, MemoryError):
         with pytest.raises(error), replacing(path) as temporary:
-            temporary.write_text("half")
-            raise error
+            raise error(temporary.write_text("half"))
     with pytest.raises(BadInput, match=r"x\.txt cannot be written"), replacing(path):
         raise OSError(28, "No space left on device")
     assert path.read_text() == "old"
@@ -434,7 +456,9 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
                 lambda: write_tiff(path, array.astype(np.float64), "YX"),
                 lambda: write_picture(path.with_suffix(".png"), array),
             ):
-                with pytest.raises(BadInput, match=r"x\.(tif|png) cannot be written: File too large"):
+                with pytest.raises(
+                    BadInput, match=r"x\.(tif|png) cannot be written: .*(File too large|is the disk full)"
+                ):
                     write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

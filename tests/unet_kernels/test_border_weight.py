@@ -11,6 +11,8 @@ from torch import Tensor
 import unet_kernels as uk
 from tests.proof.allocations import allocated
 from tests.proof.properties import given, st
+from unet_kernels import _native, reference
+from unet_kernels.border_weight import launch_two_nearest_cells_cpu
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -72,6 +74,17 @@ def test_images_of_a_batch_do_not_meet(instances: np.ndarray) -> None:
     for alone, together in zip(uk.two_nearest_cells(one), uk.two_nearest_cells(both), strict=True):
         assert torch.equal(together[:1], alone)
         assert torch.equal(together[1:].flip(2), alone)
+
+
+@given(instances=label_maps(), radius=st.sampled_from([None, 0.0, 1.0, 2**0.5, 3.0, 31.0]), copies=st.integers(1, 3))
+def test_the_cpp_kernel_has_the_bits_of_the_reference(instances: np.ndarray, radius: float | None, copies: int) -> None:
+    if _native.why_not(torch.device("cpu")):
+        pytest.skip(_native.why_not(torch.device("cpu")))
+    ids = torch.from_numpy(instances.astype(np.int32))[None].repeat(copies, 1, 1)
+    ids[1:] = ids[1:].flip(2)
+    with torch.device("cpu"):
+        got, want = launch_two_nearest_cells_cpu(ids, radius), reference.two_nearest_cells(ids, radius)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
 
 
 def test_memory_does_not_grow_with_the_number_of_cells() -> None:

@@ -7,15 +7,37 @@ import pytest
 import torch
 
 import unet_kernels as uk
-from unet_kernels import _triton
+from unet_kernels import _native, _triton
+
+NATIVE = ("two_nearest_cells", "border_weight")
 
 
-@pytest.mark.parametrize("op", uk.OPS)
+@pytest.mark.parametrize("op", [op for op in uk.OPS if op not in NATIVE])
 def test_every_op_has_a_lane_and_a_reason_on_the_cpu(op: str) -> None:
     lane, reason = uk.lane(op, torch.device("cpu"))
     assert lane == "torch"
     assert "ATen" in reason
     assert uk.lane(op, "cpu") == (lane, reason)
+
+
+@pytest.mark.parametrize("op", NATIVE)
+def test_on_a_cpu_the_lane_is_whether_the_library_is_there(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _native.why_not.cache_clear()
+    try:
+        monkeypatch.setattr(_native, "native", lambda: None)
+        assert uk.lane(op, "cpu") == uk.lane(op, torch.device("cpu")) == ("native", "our C++ kernel")
+        # a GPU's tensors are not its business
+        assert uk.lane(op, "cuda") == ("torch", "ATen, the reference; no kernel of ours yet")
+        assert _native.why_not(torch.device("cuda")) == "the C++ library is for the CPU, not cuda"
+
+        def missing() -> None:
+            raise uk.NativeLibraryMissing("libunet_native was not built")
+
+        _native.why_not.cache_clear()
+        monkeypatch.setattr(_native, "native", missing)
+        assert uk.lane(op, "cpu") == ("torch", "the native library is missing: libunet_native was not built")
+    finally:
+        _native.why_not.cache_clear()
 
 
 def test_on_a_gpu_the_lane_is_what_the_op_itself_asks(monkeypatch: pytest.MonkeyPatch) -> None:

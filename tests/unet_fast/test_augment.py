@@ -1,0 +1,223 @@
+"""Proves what the augmentation draws, that the draws are nobody else's, and that image and labels move together."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.proof.properties import given, settings, st
+from unet_fast import ElasticWarp
+
+ordinary = settings(derandomize=True, database=None, deadline=None, max_examples=60)
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def coordinates(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """(image [2, H, W] of rows and columns, labels [H, W] that number the pixels)."""
+    image = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    return image.float(), torch.arange(height * width, dtype=torch.int32).view(height, width)
+
+
+@given(seed=seeds, epoch=st.integers(0, 1000), index=st.integers(-1, 1000))
+@ordinary
+def test_a_generator_is_made_of_its_three_numbers_alone(seed: int, epoch: int, index: int) -> None:
+    torch.manual_seed(epoch)
+    a = torch.rand(4, generator=ElasticWarp.generator(seed, epoch, index))
+    torch.manual_seed(index + 1)
+    assert torch.equal(torch.rand(4, generator=ElasticWarp.generator(seed, epoch, index)), a)
+    for other in ((seed + 1, epoch, index), (seed, epoch + 1, index), (seed, epoch, index + 1)):
+        assert not torch.equal(torch.rand(4, generator=ElasticWarp.generator(*other)), a)
+
+
+def test_the_stream_is_the_same_in_another_process_and_next_year() -> None:
+    program = (
+        "from unet_fast import ElasticWarp; import torch;"
+        "print(torch.randint(0, 10**9, (3,), generator=ElasticWarp.generator(1, 2, 3)).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    here = torch.randint(0, 10**9, (3,), generator=ElasticWarp.generator(1, 2, 3)).tolist()
+    assert done.stdout.strip() == str(here)
+
+
+def test_neighbouring_streams_are_not_alike() -> None:
+    draws = [torch.randn(200, generator=ElasticWarp.generator(0, 0, i)) for i in range(50)]
+    correlation = np.corrcoef(torch.stack(draws).numpy()) - np.eye(50)
+    assert np.abs(correlation).max() < 0.35
+
+
+def test_displacements_are_normal_of_ten_pixels() -> None:
+    drawn = ElasticWarp().draw(3000, (300, 400), ElasticWarp.generator(0, 0, 0))
+    assert drawn.shape == (3000, 2, 3, 3)
+    assert drawn.mean().abs() < 0.15
+    assert drawn.std().item() == pytest.approx(10, rel=0.02)
+    assert (drawn.abs() > 20).float().mean().item() == pytest.approx(0.0455, abs=0.005)
+    # every point and axis for itself
+    flat = drawn.flatten(1).numpy()
+    assert np.abs(np.corrcoef(flat.T) - np.eye(18)).max() < 0.1
+    narrow = ElasticWarp(sigma_px=2.5).draw(3000, (300, 400), ElasticWarp.generator(0, 0, 0))
+    torch.testing.assert_close(narrow * 4, drawn)
+
+
+@pytest.mark.parametrize(
+    ("size", "tile", "points"),
+    [
+        ((572, 572), 572, (3, 3)),
+        ((572, 572), None, (3, 3)),
+        # as far apart as over one tile, however large the image is
+        ((1143, 572), 572, (5, 3)),
+        ((2285, 1143), (572, 286), (9, 9)),
+        # and never fewer than a bilinear patch needs
+        ((100, 20), 572, (2, 2)),
+        ((1, 1), 572, (2, 2)),
+        ((10, 10), 1, (19, 19)),
+    ],
+    ids=str,
+)
+def test_the_grid_has_three_points_a_tile(
+    size: tuple[int, int], tile: int | tuple[int, int] | None, points: tuple[int, int]
+) -> None:
+    assert ElasticWarp().draw(2, size, ElasticWarp.generator(0, 0, 0), tile=tile).shape == (2, 2, *points)
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("mirror", [True, False])
+def test_affine_draws_are_rotations_and_mirrors(rotate: bool, mirror: bool) -> None:
+    matrix = ElasticWarp(rotate=rotate, mirror=mirror).draw_affine(2000, ElasticWarp.generator(0, 0, 0)).double()
+    assert matrix.shape == (2000, 2, 3)
+    assert not matrix[:, :, 2].any()
+    square = matrix[:, :, :2]
+    torch.testing.assert_close(square @ square.mT, torch.eye(2).double().expand_as(square), atol=1e-6, rtol=0)
+    mirrored = square.det() < 0
+    assert mirrored.double().mean().item() == pytest.approx(0.5 if mirror else 0, abs=0.04)
+    angle = torch.atan2(square[:, 1, 0], square[:, 0, 0])
+    if rotate:
+        # every sixth of the circle gets its share, mirrored or not
+        for part in (angle[mirrored], angle[~mirrored]):
+            share = torch.histc(part, 6, -math.pi, math.pi) / max(1, len(part))
+            assert not len(part) or (share - 1 / 6).abs().max() < 0.05
+    else:
+        assert not angle.any()
+
+
+@given(seed=seeds, grey=st.floats(0, 1))
+@ordinary
+def test_tables_are_monotone_and_bounded(seed: int, grey: float) -> None:
+    table = ElasticWarp(grey=grey).draw_table(20, ElasticWarp.generator(seed, 0, 0))
+    assert table.shape == (20, 256)
+    steps = table.diff(dim=1)
+    assert (steps > 0).all()
+    assert (table[:, 0].abs() <= 0.2 * grey + 1e-6).all()
+    assert ((table[:, -1] - 1).abs() <= 0.2 * grey + 1e-6).all()
+    # no slope leaves (2/3 .. 3/2)^2 of the mean one, so that no grey values are lost
+    slope = steps * 255 / (table[:, -1:] - table[:, :1])
+    bound = 1.5 ** (2 * grey) + 1e-3
+    assert slope.max() <= bound
+    assert slope.min() >= 1 / bound
+
+
+def test_a_strength_of_nothing_changes_nothing() -> None:
+    table = ElasticWarp(grey=0).draw_table(3, ElasticWarp.generator(0, 0, 0))
+    torch.testing.assert_close(table, torch.linspace(0, 1, 256).expand(3, 256))
+    still = ElasticWarp(sigma_px=0, rotate=False, mirror=False, grey=0)
+    image, labels = coordinates(20, 30)
+    out, warped = still.draw_tile(image, labels, 20, 20, ElasticWarp.generator(0, 0, 0))
+    # a window of the image, moved sideways only
+    assert out.shape == (2, 20, 20)
+    torch.testing.assert_close(out[0], image[0, :, :20])
+    assert (warped.diff(dim=1) == 1).all()
+
+
+@given(
+    seed=seeds,
+    size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    tile_in=st.integers(1, 50),
+    halo=st.integers(0, 8),
+    sigma=st.sampled_from([0.0, 3.0, 10.0]),
+)
+@ordinary
+def test_image_and_labels_stay_together_and_nothing_is_invented(
+    seed: int, size: tuple[int, int], tile_in: int, halo: int, sigma: float
+) -> None:
+    warp = ElasticWarp(sigma_px=sigma, grey=0)
+    image, labels = coordinates(*size)
+    tile_out = max(1, tile_in - 2 * halo)
+    out, warped = warp.draw_tile(image, labels, tile_in, tile_out, ElasticWarp.generator(seed, 0, 0))
+    assert (out.shape, out.dtype) == ((2, tile_in, tile_in), torch.float32)
+    assert (warped.shape, warped.dtype) == ((tile_in, tile_in), torch.int32)
+    assert warped.min() >= 0
+    assert warped.max() < size[0] * size[1]
+    # where the image says it was read, rounded, is the pixel whose number the label is; ties may go either way
+    row, column = warped // size[1], warped % size[1]
+    assert (out[0] - row).abs().max() <= 0.5 + 1e-3
+    assert (out[1] - column).abs().max() <= 0.5 + 1e-3
+    again = warp.draw_tile(image, labels, tile_in, tile_out, ElasticWarp.generator(seed, 0, 0))
+    assert torch.equal(again[0], out)
+    assert torch.equal(again[1], warped)
+
+
+def test_ids_with_gaps_and_negative_ones_come_through_unmixed() -> None:
+    labels = torch.tensor([-5, 0, 7, 70000], dtype=torch.int32)[torch.randint(0, 4, (30, 30))]
+    for index in range(5):
+        _, warped = ElasticWarp().draw_tile(torch.rand(1, 30, 30), labels, 24, 20, ElasticWarp.generator(0, 0, index))
+        assert set(warped.unique().tolist()) <= {-5, 0, 7, 70000}
+
+
+def test_centres_are_uniform_among_those_that_keep_the_output_inside() -> None:
+    warp = ElasticWarp(sigma_px=0, mirror=False, grey=0)
+    image, labels = coordinates(100, 60)
+    centres = []
+    for index in range(400):
+        out, _ = warp.draw_tile(image, labels, 21, 11, ElasticWarp.generator(1, 0, index))
+        centres.append(out[:, 10, 10])
+    rows, columns = torch.stack(centres).T
+    for got, n in ((rows, 100), (columns, 60)):
+        # half a pixel: an odd tile has no middle in an even image
+        low, high = 5, n - 1 - 5
+        assert got.min() >= low - 0.75
+        assert got.max() <= high + 0.75
+        share = torch.histc((got - low) / (high - low), 4, 0, 1) / 400
+        assert (share - 0.25).abs().max() < 0.08
+
+
+def test_the_elastic_map_moves_points_by_its_displacements() -> None:
+    warp = ElasticWarp()
+    image, _ = coordinates(41, 61)
+    displacement = warp.draw(1, (41, 61), ElasticWarp.generator(3, 0, 0)) * 0.2
+    out = warp.apply(image[None], displacement)
+    assert isinstance(out, Tensor)
+    # the grid's middle point sits on the image's middle pixel
+    want = torch.tensor([20.0, 30.0]) + displacement[0, :, 1, 1]
+    torch.testing.assert_close(out[0, :, 20, 30], want, atol=1e-3, rtol=0)
+
+
+def test_grey_values_change_and_labels_do_not() -> None:
+    image, labels = torch.rand(1, 30, 30), torch.randint(0, 5, (30, 30), dtype=torch.int32)
+    plain = ElasticWarp(grey=0).draw_tile(image, labels, 24, 20, ElasticWarp.generator(0, 0, 0))
+    bent = ElasticWarp(grey=1).draw_tile(image, labels, 24, 20, ElasticWarp.generator(0, 0, 0))
+    assert torch.equal(plain[1], bent[1])
+    assert not torch.allclose(plain[0], bent[0])
+    # a monotone table keeps the order of grey values
+    order = plain[0].flatten().argsort()
+    assert (bent[0].flatten()[order].diff() >= -1e-6).all()
+
+
+@pytest.mark.parametrize(
+    ("settings_", "sentence"),
+    [
+        ({"grid": 1}, "grid must have at least 2 points a side, got 1"),
+        ({"sigma_px": -1}, "sigma_px must be 0 or more, got -1"),
+        ({"sigma_px": math.nan}, "sigma_px must be 0 or more, got nan"),
+        ({"sigma_px": math.inf}, "sigma_px must be 0 or more, got inf"),
+        ({"grey": 1.5}, "grey must lie between 0 and 1, got 1.5"),
+        ({"grey": -0.1}, "grey must lie between 0 and 1, got -0.1"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(settings_: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        ElasticWarp(**settings_)  # type: ignore[arg-type]

@@ -1,0 +1,555 @@
+"""Proves that a run leaves what it promises, that an interrupted one ends as if it had not been, and that it learns.
+
+Nets of a few channels on drawn cells of 64 pixels; interruptions at every kind of place; damage to what lies on disk.
+"""
+
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import unet_kernels as uk
+from unet_fast import FastUNet, TrainConfig, class_balance, load, metrics, predict, synthetic, train, training
+from unet_fast.cells import find_cells
+from unet_fast.data import read_labelled, split
+from unet_fast.errors import BadInput
+from unet_fast.files import write_tiff
+from unet_fast.normalisation import Normalisation
+from unet_fast.storage import MODEL, read_tensors
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images of touching cells, with instances."""
+    place = tmp_path_factory.mktemp("drawn")
+    for kind in ("images", "labels"):
+        (place / kind).mkdir()
+    for seed in range(4):
+        image, instances = synthetic.cells(64, seed=seed, radius_px=(7.0, 9.0))
+        write_tiff(place / "images" / f"{seed}.tif", image, "YX")
+        write_tiff(place / "labels" / f"{seed}.tif", instances.astype(np.uint16), "YX")
+    return place
+
+
+def config(drawn: Path, out: Path, **more: Any) -> TrainConfig:
+    usual: dict[str, Any] = {
+        "label_kind": "instance", "features": (2, 3), "steps": 7, "validate_every": 3, "log_every": 2,
+        "validation": 0.25, "device": "cpu",
+    }  # fmt: skip
+    return TrainConfig(images=drawn / "images", labels=drawn / "labels", out=out, **{**usual, **more})
+
+
+def digest(path: Path) -> str:
+    """sha256 of all tensors of a file."""
+    tensors, _ = read_tensors(path)
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def outcome(run: Path) -> tuple[list[str], str, str, list[dict[str, Any]]]:
+    """All that a run came to, but for how long it took: names, the best and the last weights, the log."""
+    names = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
+    log = [{k: v for k, v in row.items() if k != "seconds"} for row in training.read_log(run / "log.csv")]
+    last = sorted((run / "checkpoints").iterdir())[-1]
+    return names, digest(run / MODEL), digest(last), log
+
+
+@pytest.fixture(scope="module")
+def finished(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody disturbed; not to be changed."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train(config(drawn, run), progress=False)
+    return run
+
+
+# ---- what lies there
+
+
+def test_a_run_leaves_its_settings_its_log_its_best_model_and_two_states(drawn: Path, finished: Path) -> None:
+    names, _, _, _ = outcome(finished)
+    assert names == [
+        "checkpoints/00000006.safetensors",
+        "checkpoints/00000007.safetensors",
+        "config.toml",
+        "log.csv",
+        MODEL,
+        "run.json",
+    ]
+    settings = TrainConfig.read(finished / "config.toml")
+    # a net of one pooling covers 64 pixels with 80
+    assert settings == config(drawn, finished, tile=80, classes=2)
+    about = json.loads((finished / "run.json").read_text())
+    assert about["labels_understood_as"] == "instance"
+    assert about["classes"] == 2
+    assert about["training"] == ["0.tif", "1.tif", "2.tif"]
+    assert about["validation"] == ["3.tif"]
+    model = load(finished)
+    assert about["parameters"] == sum(p.numel() for p in model.parameters())
+    assert about["net"] == model.settings
+    assert model.normalisation == Normalisation()
+    assert about["class_weights"] == pytest.approx(
+        class_balance(split(read_labelled(drawn / "images", drawn / "labels", kind="instance").examples, 0.25)[0])
+    )
+
+
+def test_the_log_has_the_columns_of_the_contract(finished: Path) -> None:
+    with (finished / "log.csv").open(newline="") as file:
+        header, *rows = list(csv.reader(file))
+    assert tuple(header) == training.LOG_COLUMNS
+    assert header == [
+        "step", "epoch", "lr", "loss", "val_loss", "val_iou", "val_pixel_error", "val_cell_iou", "val_ap50", "best",
+        "seconds",
+    ]  # fmt: skip
+    log = training.read_log(finished / "log.csv")
+    assert len(log) == len(rows)
+    # every 2 for the log, every 3 for validation, and the last
+    assert [row["step"] for row in log] == [2, 3, 4, 6, 7]
+    assert [row["epoch"] for row in log] == [0, 0, 1, 1, 2]
+    for row in log:
+        checked = row["step"] in (3, 6, 7)
+        assert all((row[name] is not None) == checked for name in ("val_loss", "val_iou", "val_pixel_error", "best"))
+        assert row["loss"] is not None
+        assert math.isfinite(row["loss"])
+    assert log[2 - 1]["best"] == 1
+    assert log[-1]["lr"] == 0
+
+
+def test_the_rate_rises_and_falls_as_documented(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = config(drawn, run, steps=20, log_every=1, validate_every=20, warmup=0.25, lr=0.01, validation=0)
+    rates = [row["lr"] for row in train(settings, progress=False).log]
+    # the rate of the step to come: 6 steps up to lr (5 of 20 warm), half a cosine down to 0
+    want = [0.01 * (s + 1) / 6 for s in range(1, 5)]
+    want += [0.005 * (1 + math.cos(math.pi * (s - 5) / 15)) for s in range(5, 21)]
+    assert rates == pytest.approx(want, rel=1e-5, abs=1e-9)
+
+
+def test_what_train_returns_is_the_best_model_by_its_own_log(finished: Path, drawn: Path, tmp_path: Path) -> None:
+    result = train(config(drawn, tmp_path / "run"), progress=False)
+    bests = [row["step"] for row in result.log if row["best"]]
+    assert result.best_step == bests[-1]
+    assert result.run == tmp_path / "run"
+    assert not result.model.training
+    # the same seed, the same bits, in another place
+    assert outcome(result.run) == outcome(finished)
+
+
+def test_validation_scores_are_those_that_predict_and_metrics_give(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = train(config(drawn, run, steps=6, validate_every=6, lr=0.01), progress=False)
+    [row] = [row for row in result.log if row["step"] == 6]
+    held = read_labelled(drawn / "images", drawn / "labels", kind="instance").examples[3]
+    model = load(run)
+    model.normalisation = None
+    # in one tile; training validates with whatever tiles there are
+    logits = torch.from_numpy(predict(model, held.image.numpy(), axes="CYX", output="logits")).double()
+    target, cells = held.target(), held.instances
+    balance = torch.tensor(json.loads((run / "run.json").read_text())["class_weights"], dtype=torch.float64)
+    weight = uk.border_weight(cells[None], class_weight=(0.0, 0.0))[0].double() + balance[target]
+    picked = -logits.log_softmax(0).gather(0, target[None])[0]
+    found = logits.argmax(0).numpy()
+    a, b = found == 1, target.numpy() == 1
+    scores = metrics.instance_scores(find_cells(found), cells.numpy())
+    want = {
+        "val_loss": float((weight * picked).mean()),
+        "val_iou": (a & b).sum() / (a | b).sum(),
+        "val_pixel_error": metrics.pixel_error(logits.softmax(0)[1].numpy(), (cells > 0).numpy()),
+        "val_cell_iou": scores.mean_iou,
+        "val_ap50": scores.average_precision["0.50"],
+    }
+    assert {k: row[k] for k in want} == pytest.approx(want, rel=1e-4, abs=1e-6)
+
+
+# ---- interrupted and resumed
+
+
+def _after(count: int, method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, which a KeyboardInterrupt hits as it is called for the count-th time."""
+    calls = iter(range(1, 10**6))
+
+    def struck(*arguments: Any, **named: Any) -> Any:
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return method(*arguments, **named)
+
+    return struck
+
+
+def _half_an_update(count: int) -> Callable[..., Any]:
+    calls = iter(range(1, 10**6))
+    whole = torch.optim.SGD.step
+
+    def struck(optimizer: Any, *arguments: Any) -> Any:
+        if next(calls) == count:
+            with torch.no_grad():
+                optimizer.param_groups[0]["params"][0].add_(1)
+            raise KeyboardInterrupt
+        return whole(optimizer, *arguments)
+
+    return struck
+
+
+INTERRUPTIONS: dict[str, tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
+    "before the first step": (training._Run, "_one_step", lambda m: _after(1, m)),
+    "before a step": (training._Run, "_one_step", lambda m: _after(5, m)),
+    "after a logged step": (training._Run, "_one_step", lambda m: _after(3, m)),
+    "in a forward pass": (FastUNet, "forward", lambda m: _after(2, m)),
+    "in the first validation": (training._Validation, "scores", lambda m: _after(1, m)),
+    "in a later validation": (training._Validation, "scores", lambda m: _after(2, m)),
+    "in the last validation": (training._Validation, "scores", lambda m: _after(3, m)),
+    "as the best model is written": (training, "save", lambda m: _after(1, m)),
+    "as the log is written": (training._Run, "_write_log", lambda m: _after(4, m)),
+    "as a state is written": (training._Run, "keep_state", lambda m: _after(2, m)),
+    "in the middle of an update": (torch.optim.SGD, "step", lambda m: _half_an_update(5)),
+}
+
+
+@pytest.mark.parametrize("where", INTERRUPTIONS)
+def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(
+    where: str, drawn: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    owner, name, strike = INTERRUPTIONS[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, strike(getattr(owner, name)))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(drawn, run), progress=False)
+    assert (run / "checkpoints").is_dir()
+    assert list((run / "checkpoints").iterdir()), "an interrupted run leaves a state"
+    # whatever the caller's random numbers have become
+    torch.manual_seed(5)
+    train(config(drawn, run), resume=True, progress=False)
+    (names, *rest), (want, *other) = outcome(run), outcome(finished)
+    assert rest == other
+    assert {n for n in names if "checkpoints" not in n} == {n for n in want if "checkpoints" not in n}
+
+
+def test_killed_where_it_stood_a_run_ends_the_same(
+    drawn: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        # what SIGKILL leaves: no handler ran
+        patch.setattr(training._Run, "keep_state", _once(training._Run.keep_state))
+        patch.setattr(training._Run, "_one_step", _after(6, training._Run._one_step))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(drawn, run), progress=False)
+    assert [p.stem for p in (run / "checkpoints").iterdir()] == ["00000003"]
+    train(training.resumed_config(run), resume=True, progress=False)
+    assert outcome(run)[1:] == outcome(finished)[1:]
+
+
+def _once(method: Callable[..., Any]) -> Callable[..., Any]:
+    calls: Iterator[int] = iter(range(10**6))
+    return lambda *arguments: method(*arguments) if next(calls) == 0 else None
+
+
+def test_a_finished_run_resumed_is_as_it_was(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = train(config(drawn, run), progress=False)
+    before = outcome(run)
+    again = train(config(drawn, run), resume=True, progress=False)
+    assert outcome(run) == before
+    assert again.best_step == first.best_step
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a flipped bit", "emptied"])
+def test_a_damaged_state_falls_back_to_the_one_before(
+    damage: str, drawn: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(config(drawn, run), progress=False)
+    before = outcome(run)
+    newest = run / "checkpoints" / "00000007.safetensors"
+    whole = newest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-5] ^= 4
+    newest.write_bytes({"truncated": whole[:-3], "a flipped bit": bytes(flipped), "emptied": b""}[damage])
+    train(config(drawn, run), resume=True, progress=False)
+    assert "00000007.safetensors is damaged" in capsys.readouterr().err
+    assert outcome(run) == before
+    for state in (run / "checkpoints").iterdir():
+        state.write_bytes(b"")
+    with pytest.raises(BadInput, match="has no checkpoint that is whole"):
+        train(config(drawn, run), resume=True, progress=False)
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "lr": ({"lr": 0.5}, "lr was 0.001 when the run began and is 0.5 now; it cannot change"),
+    "features": ({"features": (2, 4)}, r"features was \[2, 3\] when the run began and is \[2, 4\] now"),
+    "steps": ({"steps": 9}, "steps was 7 when the run began and is 9 now"),
+    "epochs": ({"steps": None, "epochs": 3}, "steps was 7 when the run began and is 9 now"),
+    "seed": ({"seed": 1}, "seed was 0 when the run began and is 1 now"),
+    "tile": ({"tile": 84}, "tile was 80 when the run began and is 84 now"),
+    "ignore": ({"ignore": 3}, "ignore was None when the run began and is 3 now"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_run_does_not_go_on_with_other_settings(case: str, drawn: Path, finished: Path) -> None:
+    changes, sentence = CHANGES[case]
+    before = outcome(finished)
+    with pytest.raises(BadInput, match=sentence):
+        train(config(drawn, finished, **changes), resume=True, progress=False)
+    assert outcome(finished) == before
+
+
+def test_what_is_left_open_on_resume_is_as_it_was(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"tile": 36, "ignore": 2, "validate_every": 2, "steps": 5}
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(config(drawn, whole, **settings), progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_one_step", _after(4, training._Run._one_step))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(drawn, run, **settings), progress=False)
+    train(config(drawn, run, **dict.fromkeys(settings)), resume=True, progress=False)
+    assert outcome(run)[1:] == outcome(whole)[1:]
+
+
+def test_a_run_counted_in_epochs_is_resumed_by_the_same_words(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = config(drawn, run, steps=None, epochs=2)
+    result = train(settings, progress=False)
+    assert result.log[-1]["step"] == 6
+    assert train(settings, resume=True, progress=False).log == result.log
+    assert train(training.resumed_config(run, epochs=2), resume=True, progress=False).log == result.log
+
+
+def test_data_may_have_moved(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(drawn, run), progress=False)
+    before = outcome(run)
+    moved = drawn.rename(drawn.with_name("moved"))
+    try:
+        run = run.rename(tmp_path / "elsewhere")
+        settings = training.resumed_config(run, images=moved / "images", labels=moved / "labels")
+        assert settings.out == run
+        train(settings, resume=True, progress=False)
+    finally:
+        moved.rename(drawn)
+    assert outcome(run) == before
+
+
+# ---- refused
+
+
+def test_a_run_in_the_way_is_not_overwritten(drawn: Path, finished: Path, tmp_path: Path) -> None:
+    before = outcome(finished)
+    with pytest.raises(BadInput, match="holds a run already; --resume continues it, or choose another --out"):
+        train(config(drawn, finished), progress=False)
+    assert outcome(finished) == before
+    with pytest.raises(BadInput, match="has no checkpoint to resume from"):
+        train(config(drawn, tmp_path / "nothing"), resume=True, progress=False)
+    assert not (tmp_path / "nothing").exists()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "too few classes": ({"label_kind": "class", "classes": 2}, r"classes is 2, but the labels go up to class \d"),
+    "a class without a pixel": ({"classes": 3}, "the training set has no pixel of class 2; train with classes 2"),
+    "a range without ends": ({"normalisation": "range", "low": 0.0}, "normalisation range needs low and high"),
+    "no images": ({"images": Path("/nowhere")}, "/nowhere does not exist"),
+    "no device": ({"device": "abacus"}, "device abacus cannot be used here"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(
+    case: str, drawn: Path, tmp_path: Path
+) -> None:
+    changes, sentence = REFUSED[case]
+    run = tmp_path / "run"
+    with pytest.raises(BadInput, match=sentence):
+        train(config(drawn, run).with_(**changes), progress=False)
+    assert not [p for p in run.rglob("*") if p.is_file()]
+
+
+def test_a_run_that_diverges_says_so_and_keeps_no_wreck(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(BadInput, match=r"the loss became (nan|inf) at step \d+; a smaller lr than 1e\+30 is needed"):
+        train(config(drawn, run, lr=1e30, clip=0, warmup=0, log_every=1), progress=False)
+    for path in run.rglob("*.safetensors"):
+        tensors, _ = read_tensors(path)
+        assert all(t.isfinite().all() for t in tensors.values()), path
+
+
+def test_an_update_that_throws_the_net_away_is_noticed_before_it_is_saved(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    # the loss of the first step is a number; the weights after it are not
+    settings = config(drawn, run, lr=3e38, momentum=0, clip=1e30, warmup=0, steps=2, validate_every=1)
+    with pytest.raises(BadInput, match="the loss became nan at step 1"):
+        train(settings, progress=False)
+    assert not list(run.rglob("*.safetensors"))
+
+
+# ---- what is learnt
+
+
+def easy(place: Path, count: int, *, levels: int = 2, size: int = 48) -> Path:
+    """Images whose grey value is the class."""
+    for kind in ("images", "labels"):
+        (place / kind).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        labels = np.zeros((size, size), np.uint8)
+        for c in range(1, levels):
+            y, x = rng.integers(0, size - 16, 2)
+            labels[y : y + 16, x : x + 16] = c
+        grey = (labels * (200 // (levels - 1)) + rng.integers(0, 20, labels.shape)).astype(np.uint8)
+        write_tiff(place / "images" / f"{i}.tif", grey, "YX")
+        write_tiff(place / "labels" / f"{i}.tif", labels, "YX")
+    return place
+
+
+def test_the_loss_goes_down_where_grey_is_the_answer(tmp_path: Path) -> None:
+    place = easy(tmp_path / "easy", 4)
+    settings = config(
+        place, tmp_path / "run", label_kind="binary", steps=80, momentum=0.9, lr=0.03, log_every=10, dropout=0.0,
+        features=(4, 6), validate_every=40, grey=0.0,
+    )  # fmt: skip
+    result = train(settings, progress=False)
+    assert result.log[-1]["loss"] < 0.4 * result.log[0]["loss"]
+    assert result.log[-1]["val_iou"] > 0.8
+
+
+def test_three_classes_train_and_are_told_apart(tmp_path: Path) -> None:
+    place = easy(tmp_path / "easy", 4, levels=3)
+    settings = config(
+        place, tmp_path / "run", label_kind="class", steps=150, momentum=0.9, lr=0.05, dropout=0.0, grey=0.0,
+        features=(4, 6), validate_every=75,
+    )  # fmt: skip
+    result = train(settings, progress=False)
+    assert result.model.out_channels == 3
+    assert result.log[-1]["loss"] < 0.65 * result.log[0]["loss"]
+    # of two classes only: probability of a cell has no single channel
+    assert all(row["val_pixel_error"] is None for row in result.log)
+    assert result.log[-1]["val_iou"] > 0.4
+
+
+def test_one_image_is_split_by_rows(drawn: Path, tmp_path: Path) -> None:
+    settings = config(drawn, tmp_path / "run", steps=2, batch=2, border_weight=0.0).with_(
+        images=drawn / "images" / "0.tif", labels=drawn / "labels" / "0.tif"
+    )
+    result = train(settings, progress=False)
+    about = json.loads((result.run / "run.json").read_text())
+    assert about["training"] == ["0.tif rows 0-47"]
+    assert about["validation"] == ["0.tif rows 48-63"]
+    assert all(math.isfinite(row["loss"] or math.nan) for row in result.log)
+
+
+def test_without_validation_the_last_model_is_the_best(drawn: Path, tmp_path: Path) -> None:
+    result = train(config(drawn, tmp_path / "run", validation=0.0), progress=False)
+    assert result.best_step == 7
+    last, _ = read_tensors(result.run / "checkpoints" / "00000007.safetensors")
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(value, last[f"net.{name}"])
+    assert all(row["val_iou"] is None for row in result.log)
+
+
+def test_another_seed_is_another_run(drawn: Path, finished: Path, tmp_path: Path) -> None:
+    train(config(drawn, tmp_path / "run", seed=1), progress=False)
+    assert outcome(tmp_path / "run")[1:] != outcome(finished)[1:]
+
+
+def test_the_trained_model_has_the_normalisation_of_training(drawn: Path, tmp_path: Path) -> None:
+    settings = config(drawn, tmp_path / "run", steps=1, normalisation="range", low=0.0, high=300.0)
+    assert train(settings, progress=False).model.normalisation == Normalisation("range", 0.0, 300.0)
+
+
+# ---- the sampler, and a step
+
+
+def sampler(drawn: Path, **more: Any) -> training._Sampler:
+    examples = read_labelled(drawn / "images", drawn / "labels", kind="instance").examples
+    settings = config(drawn, Path("run"), **more)
+    return training._Sampler(examples, settings, settings.tile or 80)
+
+
+def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_batch_depends_on_seed_and_step_alone(drawn: Path) -> None:
+    fresh = [sampler(drawn).batch(step) for step in (0, 3, 11)]
+    used = sampler(drawn)
+    for step in (11, 5, 0, 3):
+        torch.manual_seed(step + 100)
+        np.random.seed(step)
+        before = torch.get_rng_state()
+        used.batch(step)
+        # and it takes nothing from anybody
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(same(used.batch(step), want) for step, want in zip((0, 3, 11), fresh, strict=True))
+    assert not same(used.batch(0), used.batch(4))
+    assert not same(sampler(drawn, seed=1).batch(0), fresh[0])
+
+
+def test_a_batch_of_two_holds_the_tiles_of_two_steps(drawn: Path) -> None:
+    one, two = sampler(drawn), sampler(drawn, batch=2)
+    assert two.per_epoch == 2
+    for step in range(3):
+        parts = zip(one.batch(2 * step), one.batch(2 * step + 1), strict=True)
+        assert same(two.batch(step), tuple(torch.cat(pair) for pair in parts))
+
+
+def test_every_image_comes_once_an_epoch_and_large_ones_as_often_as_they_have_tiles(drawn: Path) -> None:
+    few = sampler(drawn)
+    assert few.order == [0, 1, 2, 3]
+    # a tile of 36 answers for 20 of 64 pixels
+    many = sampler(drawn, tile=36)
+    assert [many.order.count(i) for i in range(4)] == [round(64**2 / 20**2)] * 4
+    image, instances, target = many.batch(0)
+    assert image.shape == (1, 1, 36, 36)
+    assert instances.shape == target.shape == (1, 36, 36)
+    assert target.dtype == torch.int64
+
+
+def test_ignored_pixels_do_not_reach_the_weights(drawn: Path) -> None:
+    instances = torch.zeros(1, 36, 36, dtype=torch.int32)
+    instances[:, 8:20, 8:18] = 1
+    instances[:, 10:30, 22:30] = -1
+    target = (instances > 0).long()
+    loss = training.BorderWeightedCrossEntropy(class_weight=(0.5, 2.0))
+    torch.manual_seed(0)
+    model = FastUNet(features=(2,))
+    x = torch.randn(1, 1, 40, 40)
+    gradients = []
+    for hidden in (0, 1):
+        wrong = torch.where(instances < 0, hidden, target)
+        model.zero_grad()
+        loss(model(x), instances, wrong).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert any(g.any() for g in gradients[0])
+
+
+def test_long_gradients_are_cut_to_the_clip(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms = []
+    whole = torch.optim.SGD.step
+
+    def noted(optimizer: Any, *arguments: Any) -> Any:
+        parts = [p.grad.norm() for p in optimizer.param_groups[0]["params"]]
+        norms.append(float(torch.stack(parts).norm()))
+        return whole(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", noted)
+    train(config(drawn, tmp_path / "a", steps=4, clip=1e-3), progress=False)
+    assert norms == pytest.approx([1e-3] * 4, rel=1e-3)
+    norms.clear()
+    train(config(drawn, tmp_path / "b", steps=4, clip=0.0), progress=False)
+    assert min(norms) > 1e-2
+
+
+def test_dropout_is_on_and_belongs_to_the_step(drawn: Path, finished: Path, tmp_path: Path) -> None:
+    assert load(finished).settings["dropout"] == 0.5
+    train(config(drawn, tmp_path / "run", dropout=0.0), progress=False)
+    assert outcome(tmp_path / "run")[1:] != outcome(finished)[1:]
