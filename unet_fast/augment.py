@@ -25,7 +25,10 @@ class ElasticWarp:
         mirror: half of the maps are mirrored.
         grey: strength of the grey-value table, 0 (none) to 1: black and white points move by up to 0.2 `grey` of the
             range and a monotone curve of three inner knots bends between them.
-        order: interpolation of the image, 1 (linear) or 3 (cubic).
+        zoom: the greatest enlargement, 1 for none; sizes are drawn between 1 / zoom and zoom, as often below 1 as above.
+        noise: greatest sd of Gaussian noise added to a tile, in units of the image's range. A warp averages
+            neighbouring pixels: without new noise the net never sees images as noisy as those it will judge.
+        order: interpolation of the image, 1 (linear) or 3 (cubic, which blurs less).
     """
 
     def __init__(
@@ -36,7 +39,9 @@ class ElasticWarp:
         rotate: bool = True,
         mirror: bool = True,
         grey: float = 0.5,
-        order: int = 1,
+        zoom: float = 1.0,
+        noise: float = 0.0,
+        order: int = 3,
     ) -> None:
         if grid < 2:
             raise ValueError(f"grid must have at least 2 points a side, got {grid}")
@@ -44,8 +49,12 @@ class ElasticWarp:
             raise ValueError(f"sigma_px must be 0 or more, got {sigma_px}")
         if not 0 <= grey <= 1:
             raise ValueError(f"grey must lie between 0 and 1, got {grey}")
+        if not 1 <= zoom <= 4:
+            raise ValueError(f"zoom must lie between 1 and 4, got {zoom}")
+        if not (math.isfinite(noise) and noise >= 0):
+            raise ValueError(f"noise must be 0 or more, got {noise}")
         self.grid, self.sigma_px, self.rotate, self.mirror = grid, float(sigma_px), rotate, mirror
-        self.grey, self.order = float(grey), order
+        self.grey, self.zoom, self.noise, self.order = float(grey), float(zoom), float(noise), order
 
     @staticmethod
     def generator(seed: int, epoch: int, index: int) -> torch.Generator:
@@ -69,11 +78,13 @@ class ElasticWarp:
         return torch.randn(n, 2, *points, generator=generator) * self.sigma_px
 
     def draw_affine(self, n: int, generator: torch.Generator) -> Tensor:
-        """Rotations and mirrors [n, 2, 3] about the image's centre; the last column, a shift, is 0."""
-        angle, side = torch.rand(2, n, generator=generator)
+        """Rotations, mirrors and zooms [n, 2, 3] about the image's centre; the last column, a shift, is 0."""
+        angle, side, size = torch.rand(3, n, generator=generator)
         angle = angle * (2 * math.pi if self.rotate else 0.0)
         mirrored = torch.where(side < 0.5, -1.0, 1.0) if self.mirror else torch.ones(n)
-        cos, sin = angle.cos(), angle.sin()
+        # what is read over a smaller distance comes out larger
+        distance = self.zoom ** (1 - 2 * size)
+        cos, sin = distance * angle.cos(), distance * angle.sin()
         matrix = torch.zeros(n, 2, 3)
         matrix[:, 0, 0], matrix[:, 0, 1] = cos, -sin * mirrored
         matrix[:, 1, 0], matrix[:, 1, 1] = sin, cos * mirrored
@@ -116,13 +127,14 @@ class ElasticWarp:
             tile_in: side of what comes out; beyond the image it is mirrored.
             tile_out: side of what the net will answer for: the centre is uniform among those that keep it inside the
                 image, where the image is large enough.
-            generator: all randomness comes from it, always the same number of draws.
+            generator: all randomness comes from it.
         """
         height, width = instances.shape
         displacement = self.draw(1, (height, width), generator, tile=tile_in)
         matrix = self.draw_affine(1, generator)
         lut = self.draw_table(1, generator)
         where = torch.rand(2, generator=generator)
+        sd = self.noise * torch.rand(1, generator=generator)
         span = torch.tensor([float(height), float(width)]) - 1
         half = torch.minimum(torch.full((2,), (tile_out - 1) / 2), span / 2)
         # the warp reads at M (p - c) + shift + c, so the tile's centre c reads at c + shift
@@ -135,4 +147,6 @@ class ElasticWarp:
             lut=lut if self.grey else None,
             out_size=tile_in,
         )
+        if self.noise:
+            out = out + sd * torch.randn(out.shape, generator=generator)
         return out[0], labels[0]

@@ -74,6 +74,10 @@ class TrainConfig:
     rotate: bool = True
     mirror: bool = True
     grey: float = 0.5
+    # cells come in one size where the microscope's magnification does not change
+    zoom: float = 1.0
+    # the warp blurs: without new noise the net never sees images as noisy as those it will be asked about
+    noise: float = 0.0
     # the share of images (the last ones: a contiguous block) that is not trained on; 0 for none
     validation: float = 0.1
     validate_every: int | None = None
@@ -104,13 +108,15 @@ class TrainConfig:
         for name in ("momentum", "dropout", "validation", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("border_weight", "elastic", "clip", "weight_decay"):
+        for name in ("border_weight", "elastic", "clip", "weight_decay", "noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 < self.border_sigma < math.inf:
             raise BadInput(f"border_sigma must be above 0, got {self.border_sigma}")
         if not 0 <= self.grey <= 1:
             raise BadInput(f"grey must lie between 0 and 1, got {self.grey}")
+        if not 1 <= self.zoom <= 4:
+            raise BadInput(f"zoom must lie between 1 and 4, got {self.zoom}")
         if self.grid < 2:
             raise BadInput(f"grid must be 2 or more, got {self.grid}")
         if self.classes is not None and not 2 <= self.classes <= 256:

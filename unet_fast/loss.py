@@ -45,7 +45,8 @@ class BorderWeightedCrossEntropy(nn.Module):
         Args:
             logits: what the net says.
             instances: [N, H, W], H >= h and W >= w: ids around the same centre. The weight is made of all of it, then
-                cropped: a cell outside the output still casts its weight into it. Negative ids are ignored.
+                cropped: a cell outside the output still casts its weight into it. Negative ids are ignored. They, and
+                target, may lie on a CPU while logits do not: the weight is made where they are, and moved.
             target: [N, H, W] or [N, h, w] class ids, negative where ignored; None is `cut_gap(instances) > 0`.
 
         Raises:
@@ -60,23 +61,31 @@ class BorderWeightedCrossEntropy(nn.Module):
             target = (cut > 0).long().masked_fill_(cut < 0, -1)
         if target.shape[-2:] != logits.shape[-2:]:
             target = _centre(target, rows, columns)
-        weight = unet_kernels.border_weight(
-            instances, w0=self.w0, sigma_px=self.sigma_px, class_weight=(0.0, 0.0), region=self.region
-        )
         # long: torch compares no uint16, and a uint8 target has no room for -100
         ignored = _centre(instances, rows, columns).long() < 0
         target = target if target.is_floating_point() else target.long()
-        weight = _centre(weight, rows, columns) + self._balance(target, logits.shape[1])
+        if self.class_weight is not None and len(self.class_weight) != logits.shape[1]:
+            count = f"{logits.shape[1]} numbers, one per class"
+            raise ValueError(f"class_weight must have {count}, got {len(self.class_weight)}")
+        weight = self.weight(instances, target)
         target = target.masked_fill(ignored | (target < 0), -100)
-        return unet_kernels.weighted_cross_entropy(logits, target, weight, reduction=self.reduction)
+        return unet_kernels.weighted_cross_entropy(
+            logits, target.to(logits.device), weight.to(logits.device), reduction=self.reduction
+        )
 
-    def _balance(self, target: Tensor, classes: int) -> Tensor | float:
+    def weight(self, instances: Tensor, target: Tensor) -> Tensor:
+        """Eq. 2 for target [N, h, w], class ids around the centre of instances [N, H, W]: float32 [N, h, w]."""
         if self.class_weight is None:
-            return 1.0
-        if len(self.class_weight) != classes:
-            raise ValueError(f"class_weight must have {classes} numbers, one per class, got {len(self.class_weight)}")
-        table = torch.tensor(self.class_weight, device=target.device)
-        return table[target.clamp(0, classes - 1)]
+            balance = torch.ones(target.shape, device=target.device)
+        else:
+            table = torch.tensor(self.class_weight, device=target.device)
+            balance = table[target.clamp(0, len(table) - 1).long()]
+        if not self.w0:
+            return balance
+        border = unet_kernels.border_weight(
+            instances, w0=self.w0, sigma_px=self.sigma_px, class_weight=(0.0, 0.0), region=self.region
+        )
+        return balance + _centre(border, *target.shape[-2:])
 
     def extra_repr(self) -> str:
         return f"w0={self.w0}, sigma_px={self.sigma_px}, class_weight={self.class_weight}, reduction={self.reduction!r}"

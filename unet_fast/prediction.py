@@ -55,21 +55,19 @@ def predict_files(
         raise BadInput(f"output must be one of {', '.join(FILE_OUTPUTS)}, got {output!r}")
     sources = list_images(images)
     targets = _targets(images, sources, out, output)
-    tiles = 0
+    slices = 0
     for source, target in zip(sources, targets, strict=True):
         stack = _readable(source, model, axes)
         if stack.is_stack and target.suffix.lower() == ".png":
             raise BadInput(f"{target} cannot hold a stack; use .tif")
-        tiles += len(plan_tiles(stack.pixels.shape, tile_in=tile_in, model=model)) * len(stack.pixels)
+        plan_tiles(stack.pixels.shape, tile_in=tile_in, model=model)
+        slices += len(stack.pixels)
     for folder in {target.parent for target in targets}:
         writable_folder(folder)
-    with Progress("predict", tiles, shown=progress) as bar:
+    with Progress("predict", slices, shown=progress) as bar:
         for source, target in zip(sources, targets, strict=True):
             stack = read_stack(source, axes=axes)
-            _write(target, _segment(model, stack, output, tile_in, min_pixels), stack.is_stack)
-            bar.advance(
-                source.name, len(plan_tiles(stack.pixels.shape, tile_in=tile_in, model=model)) * len(stack.pixels)
-            )
+            _write(target, _segment(model, stack, output, tile_in, min_pixels, bar), stack.is_stack)
     return targets
 
 
@@ -84,6 +82,8 @@ def _targets(images: Path, sources: list[Path], out: Path, output: str) -> list[
         targets = [out / f"{source.stem}.tif" for source in sources]
     by_target: dict[Path, Path] = {}
     for source, target in zip(sources, targets, strict=True):
+        if target.is_dir():
+            raise BadInput(f"{target} must be a file, a folder is in its place")
         if target in by_target:
             raise BadInput(f"{by_target[target].name} and {source.name} would both be written to {target}")
         if target.exists() and any(target.samefile(s) for s in sources):
@@ -101,9 +101,14 @@ def _readable(source: Path, model: FastUNet, axes: str | None) -> Stack:
     return stack
 
 
-def _segment(model: FastUNet, stack: Stack, output: str, tile_in: int | None, min_pixels: int) -> np.ndarray[Any, Any]:
-    wanted = "probabilities" if output == "probabilities" else "labels"
-    result: np.ndarray[Any, Any] = predict(model, stack.pixels, axes="ZCYX", tile_in=tile_in, output=wanted)
+def _segment(
+    model: FastUNet, stack: Stack, output: str, tile_in: int | None, min_pixels: int, bar: Progress
+) -> np.ndarray[Any, Any]:
+    wanted, slices = "probabilities" if output == "probabilities" else "labels", []
+    for name, plane in zip(stack.names, stack.pixels, strict=True):
+        slices.append(predict(model, plane, axes="CYX", tile_in=tile_in, output=wanted))
+        bar.advance(name)
+    result: np.ndarray[Any, Any] = np.stack(slices)
     if output == "instances":
         cells = find_cells(result, min_pixels=min_pixels)
         result = cells.astype(np.uint16 if cells.max() < 2**16 else np.uint32)

@@ -23,21 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import unet_kernels
-
-from . import __version__, geometry, metrics
+from . import __version__, geometry
 from .augment import ElasticWarp
-from .cells import find_cells
 from .config import TrainConfig, read_toml
 from .data import Example, Labelled, class_balance, read_labelled, split, target_of
 from .errors import BadInput
+from .figures import draw_curves
 from .files import replacing, writable_folder
 from .loss import BorderWeightedCrossEntropy
 from .model import FastUNet
 from .normalisation import Normalisation
 from .progress import Progress
 from .storage import MODEL, load, pick_device, read_tensors, save, write_tensors
-from .tiling import plan_tiles, predict
+from .tiling import plan_tiles
+from .validation import Validation
 
 __all__ = ["LOG_COLUMNS", "TrainResult", "read_log", "resumed_config", "train"]
 
@@ -112,18 +111,40 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     if len(weights) < classes:
         raise BadInput(f"the training set has no pixel of class {classes - 1}; train with classes {len(weights)}")
 
-    writable_folder(config.out / "checkpoints")
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     model = FastUNet(data.channels, classes, config.features, up_mode=config.up_mode, dropout=config.dropout).to(device)
     model.normalisation = normalisation
+    writable_folder(config.out)
+    if progress:
+        print(_summary(config, data, learn, held_out, model, device), file=sys.stderr)  # noqa: T201
     run = _Run(config, model, sampler, held_out, weights, data, device)
     if state is not None:
         run.restore(state)
     else:
         run.begin()
-    run.loop(progress)
+    try:
+        run.loop(progress)
+    finally:
+        draw_curves(config.out / "curves.png", {config.out.name: read_log(config.out / "log.csv")})
     return TrainResult(load(config.out), config.out, run.best_step, read_log(config.out / "log.csv"))
+
+
+def _summary(
+    config: TrainConfig,
+    data: Labelled,
+    learn: Sequence[Example],
+    held_out: Sequence[Example],
+    model: FastUNet,
+    device: torch.device,
+) -> str:
+    block = f"{held_out[0].name} to {held_out[-1].name}" if held_out else "none"
+    return (
+        f"labels understood as {data.kind}: {model.out_channels} classes; {data.channels} channel(s)\n"
+        f"training on {len(learn)} images, validation on {len(held_out)} ({block})\n"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, tile {config.tile}, "
+        f"{config.steps} steps on {device}"
+    )
 
 
 def resumed_config(out: Path, **overrides: Any) -> TrainConfig:
@@ -168,7 +189,13 @@ class _Sampler:
         self.examples, self.config, self.tile = examples, config, tile
         self.tile_out = geometry.output_size(tile, config.depth)
         self.warp = ElasticWarp(
-            config.grid, config.elastic, rotate=config.rotate, mirror=config.mirror, grey=config.grey
+            config.grid,
+            config.elastic,
+            rotate=config.rotate,
+            mirror=config.mirror,
+            grey=config.grey,
+            zoom=config.zoom,
+            noise=config.noise,
         )
         # a large image comes as often as it has tiles
         self.order = [
@@ -208,7 +235,7 @@ class _Run:
         self.config, self.model, self.sampler, self.device, self.steps = config, model, sampler, device, config.steps
         self.weights, self.data = tuple(weights), data
         self.loss = BorderWeightedCrossEntropy(config.border_weight, config.border_sigma, class_weight=weights)
-        self.validation = _Validation(held_out, data, self.loss, device)
+        self.validation = Validation(held_out, data.kind, self.loss)
         self.validate_every = config.validate_every or max(1, round(self.steps / 20))
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -227,10 +254,11 @@ class _Run:
     def begin(self) -> None:
         out = self.config.out
         with replacing(out / "config.toml") as path:
-            path.write_text(self.config.to_toml())
+            path.write_text(self.config.to_toml(), encoding="utf-8")
         with replacing(out / "run.json") as path:
             path.write_text(json.dumps(self._record(), indent=2) + "\n")
         self._write_log()
+        writable_folder(out / "checkpoints")
 
     def _record(self) -> dict[str, Any]:
         return {
@@ -321,11 +349,12 @@ class _Run:
             self._report(check)
 
     def _one_step(self) -> None:
-        image, instances, target = (t.to(self.device) for t in self.sampler.batch(self.step))
+        # instances and target may stay: the loss moves what it makes of them
+        image, instances, target = self.sampler.batch(self.step)
         # dropout's draws belong to the step, not to what was drawn before it
         torch.manual_seed(hash((self.config.seed, self.step)) & (2**62 - 1))
         self.model.train()
-        loss: Tensor = self.loss(self.model(image), instances, target)
+        loss: Tensor = self.loss(self.model(image.to(self.device)), instances, target)
         self.optimizer.zero_grad()
         loss.backward()
         if self.config.clip:
@@ -374,70 +403,6 @@ class _Run:
         last = next((row for row in reversed(self.log) if row["val_iou"] != ""), None)
         shown = f"loss {float(self.log[-1]['loss']):.3f}"
         return shown if last is None else f"{shown}  validation IoU {float(last['val_iou']):.3f}"
-
-
-class _Validation:
-    """Scores on the held-out block, by tiled prediction."""
-
-    def __init__(
-        self, examples: Sequence[Example], data: Labelled, loss: BorderWeightedCrossEntropy, device: torch.device
-    ) -> None:
-        self.examples, self.kind, self.device = list(examples), data.kind, device
-        # the weights of a slice do not change: made once
-        self.targets = [e.target()[None] for e in self.examples]
-        self.weights = [
-            (
-                unet_kernels.border_weight(
-                    e.instances[None], w0=loss.w0, sigma_px=loss.sigma_px, class_weight=(0.0, 0.0), region=loss.region
-                )
-                + torch.tensor(loss.class_weight)[t.clamp(min=0)]
-            )
-            for e, t in zip(self.examples, self.targets, strict=True)
-        ]
-
-    def scores(self, model: FastUNet) -> dict[str, float | None]:
-        if not self.examples:
-            return {}
-        normalisation, model.normalisation = model.normalisation, None  # the examples are normalised already
-        try:
-            return self._scores(model)
-        finally:
-            model.normalisation = normalisation
-
-    def _scores(self, model: FastUNet) -> dict[str, float | None]:
-        total, pixels, cells = 0.0, 0, metrics.InstanceScores()
-        probabilities, truths = [], []
-        hits = np.zeros((3, model.out_channels))
-        for example, target, weight in zip(self.examples, self.targets, self.weights, strict=True):
-            logits = predict(model, example.image, axes="CYX", output="logits")[None]
-            valid = target.masked_fill(target < 0, -100)
-            total += float(unet_kernels.weighted_cross_entropy(logits, valid, weight, reduction="sum"))
-            pixels += int((target >= 0).sum())
-            found = logits[0].argmax(0)
-            here = target[0] >= 0
-            for c in range(model.out_channels):
-                a, b = (found == c)[here], (target[0] == c)[here]
-                hits[:, c] += int((a & b).sum()), int(a.sum()), int(b.sum())
-            if model.out_channels == 2:
-                p = (logits[0, 1] - logits[0, 0]).sigmoid()
-                probabilities.append(p[here].numpy())
-                truths.append((example.instances > 0)[here].numpy())
-            cells += metrics.instance_scores(find_cells(found.numpy()), example.instances.numpy())
-        union = hits[1] + hits[2] - hits[0]
-        iou = float(np.mean([hits[0, c] / union[c] for c in range(1, len(union)) if union[c]] or [1.0]))
-        scores: dict[str, float | None] = {
-            "val_loss": total / max(1, pixels),
-            "val_iou": iou,
-            "val_cell_iou": cells.mean_iou,
-            "val_ap50": cells.average_precision["0.50"],
-        }
-        # what "best" means: the cells, or the pixels at the best threshold for a mask, or the classes' area
-        score = cells.mean_average_precision if self.kind == "instance" else None
-        if truths:
-            error = metrics.pixel_error(np.concatenate(probabilities)[None], np.concatenate(truths)[None])
-            scores["val_pixel_error"] = error
-            score = -error if self.kind == "binary" else score
-        return scores | {"score": iou if score is None else score}
 
 
 def _rate(step: int, warm: int, steps: int) -> float:

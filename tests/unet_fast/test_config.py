@@ -51,6 +51,8 @@ VALUES: dict[str, Any] = {
     "rotate": st.booleans(),
     "mirror": st.booleans(),
     "grey": st.floats(0, 1),
+    "zoom": st.floats(1, 4),
+    "noise": st.floats(0, 1),
     "validation": share,
     "validate_every": st.none() | whole,
     "log_every": whole,

@@ -24,6 +24,7 @@ from unet_fast.errors import BadInput
 from unet_fast.files import write_tiff
 from unet_fast.normalisation import Normalisation
 from unet_fast.storage import MODEL, read_tensors
+from unet_fast.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,7 @@ def test_a_run_leaves_its_settings_its_log_its_best_model_and_two_states(drawn: 
         "checkpoints/00000006.safetensors",
         "checkpoints/00000007.safetensors",
         "config.toml",
+        "curves.png",
         "log.csv",
         MODEL,
         "run.json",
@@ -204,9 +206,9 @@ INTERRUPTIONS: dict[str, tuple[Any, str, Callable[[Callable[..., Any]], Callable
     "before a step": (training._Run, "_one_step", lambda m: _after(5, m)),
     "after a logged step": (training._Run, "_one_step", lambda m: _after(3, m)),
     "in a forward pass": (FastUNet, "forward", lambda m: _after(2, m)),
-    "in the first validation": (training._Validation, "scores", lambda m: _after(1, m)),
-    "in a later validation": (training._Validation, "scores", lambda m: _after(2, m)),
-    "in the last validation": (training._Validation, "scores", lambda m: _after(3, m)),
+    "in the first validation": (Validation, "scores", lambda m: _after(1, m)),
+    "in a later validation": (Validation, "scores", lambda m: _after(2, m)),
+    "in the last validation": (Validation, "scores", lambda m: _after(3, m)),
     "as the best model is written": (training, "save", lambda m: _after(1, m)),
     "as the log is written": (training._Run, "_write_log", lambda m: _after(4, m)),
     "as a state is written": (training._Run, "keep_state", lambda m: _after(2, m)),
@@ -285,7 +287,7 @@ def test_a_damaged_state_falls_back_to_the_one_before(
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "lr": ({"lr": 0.5}, "lr was 0.001 when the run began and is 0.5 now; it cannot change"),
+    "lr": ({"lr": 0.5}, "lr was 0.002 when the run began and is 0.5 now; it cannot change"),
     "features": ({"features": (2, 4)}, r"features was \[2, 3\] when the run began and is \[2, 4\] now"),
     "steps": ({"steps": 9}, "steps was 7 when the run began and is 9 now"),
     "epochs": ({"steps": None, "epochs": 3}, "steps was 7 when the run began and is 9 now"),

@@ -1,0 +1,77 @@
+"""How well a model does on images that it is not trained on, while it is trained."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+import unet_kernels
+
+from . import metrics
+from .cells import find_cells
+from .data import Example
+from .loss import BorderWeightedCrossEntropy
+from .model import FastUNet
+from .tiling import predict
+
+__all__ = ["Validation"]
+
+
+class Validation:
+    """Scores of a model on the held-out block, by tiled prediction.
+
+    Args:
+        examples: the block; none, and there are no scores.
+        kind: what the labels are, which decides what the best score is.
+        loss: what is trained on, evaluated here on whole images.
+    """
+
+    def __init__(self, examples: Sequence[Example], kind: str, loss: BorderWeightedCrossEntropy) -> None:
+        self.examples, self.kind = list(examples), kind
+        # the weights of a slice do not change: made once
+        self.targets = [e.target()[None] for e in self.examples]
+        self.weights = [loss.weight(e.instances[None], t) for e, t in zip(self.examples, self.targets, strict=True)]
+
+    def scores(self, model: FastUNet) -> dict[str, float | None]:
+        """The columns val_... of a log's row, and "score", greater for a better model."""
+        if not self.examples:
+            return {}
+        normalisation, model.normalisation = model.normalisation, None  # the examples are normalised already
+        try:
+            return self._scores(model)
+        finally:
+            model.normalisation = normalisation
+
+    def _scores(self, model: FastUNet) -> dict[str, float | None]:
+        total, pixels, cells = 0.0, 0, metrics.InstanceScores()
+        probabilities, truths = [], []
+        hits = np.zeros((3, model.out_channels))
+        for example, target, weight in zip(self.examples, self.targets, self.weights, strict=True):
+            logits = predict(model, example.image, axes="CYX", output="logits")[None]
+            valid = target.masked_fill(target < 0, -100)
+            total += float(unet_kernels.weighted_cross_entropy(logits, valid, weight, reduction="sum"))
+            pixels += int((target >= 0).sum())
+            found = logits[0].argmax(0)
+            here = target[0] >= 0
+            for c in range(model.out_channels):
+                a, b = (found == c)[here], (target[0] == c)[here]
+                hits[:, c] += int((a & b).sum()), int(a.sum()), int(b.sum())
+            if model.out_channels == 2:
+                p = (logits[0, 1] - logits[0, 0]).sigmoid()
+                probabilities.append(p[here].numpy())
+                truths.append((example.instances > 0)[here].numpy())
+            cells += metrics.instance_scores(find_cells(found.numpy()), example.instances.numpy())
+        union = hits[1] + hits[2] - hits[0]
+        iou = float(np.mean([hits[0, c] / union[c] for c in range(1, len(union)) if union[c]] or [1.0]))
+        scores: dict[str, float | None] = {
+            "val_loss": total / max(1, pixels),
+            "val_iou": iou,
+            "val_cell_iou": cells.mean_iou,
+            "val_ap50": cells.average_precision["0.50"],
+        }
+        # what "best" means: the cells, or the pixels at the best threshold for a mask, or the classes' area
+        score = cells.mean_average_precision if self.kind == "instance" else None
+        if truths:
+            error = metrics.pixel_error(np.concatenate(probabilities)[None], np.concatenate(truths)[None])
+            scores["val_pixel_error"] = error
+            score = -error if self.kind == "binary" else score
+        return scores | {"score": iou if score is None else score}
