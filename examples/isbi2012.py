@@ -52,14 +52,10 @@ for name, block in blocks.items():
 # A narrow net, so that two CPU cores do it in minutes.
 
 # %%
-narrow = ("--features", "4,8,16", "--tile", "108", "--steps", "4") if quick else (
-    "--features", "16,32,64,128", "--tile", "284", "--steps", "6000"
-)  # fmt: skip
-recipe = ("--lr", "0.02", "--momentum", "0.9", "--dropout", "0.1")
+recipe = ["--preset", "small"]
+recipe += ["--features", "4,8,16", "--tile", "108", "--steps", "4"] if quick else ["--tile", "284", "--steps", "6000"]
 start = time.perf_counter()
-unet_fast(
-    "train", "-i", out / "train-volume.tif", "--labels", out / "train-labels.tif", "-o", out / "run", *narrow, *recipe
-)
+unet_fast("train", "-i", out / "train-volume.tif", "--labels", out / "train-labels.tif", "-o", out / "run", *recipe)
 seconds = time.perf_counter() - start
 found = out / "probabilities.tif"
 unet_fast("predict", "-m", out / "run", "-i", out / "test-volume.tif", "-o", found, "--output", "probabilities")

@@ -46,6 +46,11 @@ class Scaling(StrEnum):
     NONE = "none"
 
 
+class BorderRegion(StrEnum):
+    BACKGROUND = "background"
+    ALL = "all"
+
+
 class Preset(StrEnum):
     PAPER = "paper"
     SMALL = "small"
@@ -169,6 +174,9 @@ def train(
         float | None, typer.Option(help="Weight of the border between touching cells, default 10; 0: none.")
     ] = None,
     border_sigma: Annotated[float | None, typer.Option(help="Its width in pixels, default 5.")] = None,
+    border_region: Annotated[
+        BorderRegion | None, typer.Option(help="Where it applies: background (default), or cells' rims too (all).")
+    ] = None,
     balance: Annotated[bool | None, typer.Option(help="Weigh classes by their rarity (default).")] = None,
     elastic: Annotated[float | None, typer.Option(help="Elastic deformation, sd in pixels, default 10.")] = None,
     grid: Annotated[int | None, typer.Option(help="Points of the elastic grid per side of a tile, default 3.")] = None,

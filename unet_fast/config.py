@@ -19,7 +19,14 @@ __all__ = ["PRESETS", "TrainConfig"]
 # settings under one name; "small" is for a CPU: a narrow net, and a momentum that a few thousand steps can use
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "small": {"features": (16, 32, 64, 128), "momentum": 0.9, "lr": 0.02, "dropout": 0.0, "steps": 4000},
+    "small": {
+        "features": (16, 32, 64, 128),
+        "momentum": 0.9,
+        "lr": 0.02,
+        "dropout": 0.0,
+        "noise": 0.05,
+        "steps": 4000,
+    },
 }
 
 
@@ -67,6 +74,8 @@ class TrainConfig:
     # Eq. 2 of the paper; border_weight 0 leaves the ridge out
     border_weight: float = 10.0
     border_sigma: float = 5.0
+    # "background", as in Freiburg's code; "all", the letter of Eq. 2: the rims of the cells count as much as the gap
+    border_region: str = "background"
     balance: bool = True
     # a 3 x 3 grid over each tile, displacements of 10 px standard deviation
     elastic: float = 10.0
@@ -130,6 +139,7 @@ class TrainConfig:
         for name, choices in (
             ("label_kind", ("auto", "binary", "class", "instance")),
             ("up_mode", ("deconv", "resize")),
+            ("border_region", ("background", "all")),
         ):
             if getattr(self, name) not in choices:
                 raise BadInput(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")

@@ -234,7 +234,9 @@ class _Run:
         assert config.steps is not None
         self.config, self.model, self.sampler, self.device, self.steps = config, model, sampler, device, config.steps
         self.weights, self.data = tuple(weights), data
-        self.loss = BorderWeightedCrossEntropy(config.border_weight, config.border_sigma, class_weight=weights)
+        self.loss = BorderWeightedCrossEntropy(
+            config.border_weight, config.border_sigma, class_weight=weights, region=config.border_region
+        )
         self.validation = Validation(held_out, data.kind, self.loss)
         self.validate_every = config.validate_every or max(1, round(self.steps / 20))
         self.optimizer = torch.optim.SGD(

@@ -33,6 +33,7 @@ VALUES: dict[str, Any] = {
     "features": st.lists(st.integers(1, 2048), min_size=3, max_size=3).map(tuple),
     "classes": st.none() | st.integers(2, 256),
     "up_mode": st.sampled_from(["deconv", "resize"]),
+    "border_region": st.sampled_from(["background", "all"]),
     "dropout": share,
     "tile": st.none() | st.sampled_from(geometry.legal_sizes(1, 600, 2)),
     "batch": whole,
