@@ -52,8 +52,8 @@ test = out / "test"
 # ## Train, predict, evaluate, with and without the weight map
 
 # %%
-# nuclei come in many sizes and some images are noisy; with rims of cells weighed like the gaps between them, and without
-# a balance of classes, outlines are neither too wide nor too narrow
+# nuclei come in many sizes and some images are noisy; with the rims of cells weighed like the gaps between them, and
+# without a balance of classes, outlines are neither too wide nor too narrow
 recipe = ["--preset", "small", "--border-region", "all", "--no-balance", "--noise", "0.08", "--zoom", "1.25"]
 recipe += ["--features", "4,8,16", "--tile", "108", "--steps", "4"] if quick else ["--tile", "268", "--steps", "4000"]
 scores, seconds = {}, {}

@@ -25,7 +25,7 @@ class ElasticWarp:
         mirror: half of the maps are mirrored.
         grey: strength of the grey-value table, 0 (none) to 1: black and white points move by up to 0.2 `grey` of the
             range and a monotone curve of three inner knots bends between them.
-        zoom: the greatest enlargement, 1 for none; sizes are drawn between 1 / zoom and zoom, evenly on either side of 1.
+        zoom: the greatest enlargement, 1 for none; sizes are drawn from 1 / zoom to zoom, evenly on either side of 1.
         noise: greatest sd of Gaussian noise added to a tile, in units of the image's range. A warp averages
             neighbouring pixels: without new noise the net never sees images as noisy as those it will judge.
         order: interpolation of the image, 1 (linear) or 3 (cubic, which blurs less).
