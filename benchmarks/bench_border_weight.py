@@ -1,7 +1,8 @@
 """What does the weight map of Eq. 2 cost beside the usual way, one distance transform per cell?
 
 Rows: a training tile, and the 512 x 512 images of the paper with few and with many cells. The usual way is scipy's
-exact distance transform of every cell in turn, keeping the two smallest; `reference` is the specification. Values are asserted equal before anything is timed.
+exact distance transform of every cell in turn, keeping the two smallest; `reference` is the specification. Values
+are asserted equal before anything is timed.
 """
 
 import functools
