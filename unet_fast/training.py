@@ -237,14 +237,14 @@ class _Run:
         self.loss = BorderWeightedCrossEntropy(
             config.border_weight, config.border_sigma, class_weight=weights, region=config.border_region
         )
-        self.validation = Validation(held_out, data.kind, self.loss)
+        self.validation = Validation(held_out, self.loss)
         self.validate_every = config.validate_every or max(1, round(self.steps / 20))
         self.optimizer = torch.optim.SGD(
             model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         warm = round(config.warmup * self.steps)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, warm, self.steps))
-        self.step, self.best, self.best_step, self.seconds = 0, -math.inf, 0, 0.0
+        self.step, self.best, self.best_step, self.seconds = 0, math.inf, 0, 0.0
         self.log: list[dict[str, Any]] = []
         # since the last row of the log
         self.losses: list[Tensor] = []
@@ -319,7 +319,7 @@ class _Run:
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(kept)
         about = state.about
         self.step, self.best_step, self.seconds = about["step"], about["best_step"], about["seconds"]
-        self.best = -math.inf if about["best"] is None else about["best"]
+        self.best = math.inf if about["best"] is None else about["best"]
         self.log, self.losses = about["log"], [torch.tensor(loss, device=self.device) for loss in about["losses"]]
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * _rate(self.step, round(self.config.warmup * self.steps), self.steps)
@@ -384,13 +384,14 @@ class _Run:
         row |= {"step": self.step, "epoch": epoch, "lr": f"{lr:.6g}", "loss": f"{loss:.6g}"}
         if check:
             scores = self.validation.scores(self.model)
-            score = scores.get("score")
+            # IoU and average precision of a few images jump from one validation to the next; the loss does not
+            val_loss = scores.get("val_loss")
             # the same step again, where its report was interrupted
-            better = score is None or score > self.best or self.step == self.best_step
+            better = val_loss is None or val_loss < self.best or self.step == self.best_step
             if better:
                 save(self.model, self.config.out / MODEL)
-                self.best, self.best_step = -math.inf if score is None else score, self.step
-            row |= {k: f"{v:.6g}" for k, v in scores.items() if k != "score" and v is not None}
+                self.best, self.best_step = math.inf if val_loss is None else val_loss, self.step
+            row |= {k: f"{v:.6g}" for k, v in scores.items() if v is not None}
             row["best"] = int(better)
         row["seconds"] = f"{self.seconds:.1f}"
         self.log.append(row)

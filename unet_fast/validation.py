@@ -21,18 +21,17 @@ class Validation:
 
     Args:
         examples: the block; none, and there are no scores.
-        kind: what the labels are, which decides what the best score is.
         loss: what is trained on, evaluated here on whole images.
     """
 
-    def __init__(self, examples: Sequence[Example], kind: str, loss: BorderWeightedCrossEntropy) -> None:
-        self.examples, self.kind = list(examples), kind
+    def __init__(self, examples: Sequence[Example], loss: BorderWeightedCrossEntropy) -> None:
+        self.examples = list(examples)
         # the weights of a slice do not change: made once
         self.targets = [e.target()[None] for e in self.examples]
         self.weights = [loss.weight(e.instances[None], t) for e, t in zip(self.examples, self.targets, strict=True)]
 
     def scores(self, model: FastUNet) -> dict[str, float | None]:
-        """The columns val_... of a log's row, and "score", greater for a better model."""
+        """The columns val_... of a log's row."""
         if not self.examples:
             return {}
         normalisation, model.normalisation = model.normalisation, None  # the examples are normalised already
@@ -68,10 +67,7 @@ class Validation:
             "val_cell_iou": cells.mean_iou,
             "val_ap50": cells.average_precision["0.50"],
         }
-        # what "best" means: the cells, or the pixels at the best threshold for a mask, or the classes' area
-        score = cells.mean_average_precision if self.kind == "instance" else None
         if truths:
-            error = metrics.pixel_error(np.concatenate(probabilities)[None], np.concatenate(truths)[None])
-            scores["val_pixel_error"] = error
-            score = -error if self.kind == "binary" else score
-        return scores | {"score": iou if score is None else score}
+            pooled = np.concatenate(probabilities)[None], np.concatenate(truths)[None]
+            scores["val_pixel_error"] = metrics.pixel_error(*pooled)
+        return scores

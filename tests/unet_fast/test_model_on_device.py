@@ -1,12 +1,16 @@
 """FastUNet where the tests run (`--device cuda` on a GPU): the plain net's numbers, no waiting, one graph."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import unet_kernels as uk
 from tests.unet_fast.plain_unet import PlainUNet
-from unet_fast import FastUNet, geometry
+from unet_fast import FastUNet, TrainConfig, geometry, predict, synthetic, train
+from unet_fast.files import write_tiff
 
 FEATURES = (8, 16, 32)
 TILE = geometry.legal_sizes(90, 110, 2)[0]
@@ -78,3 +82,21 @@ def test_inference_is_captured_in_a_graph_and_replayed(device: torch.device) -> 
         x.copy_(other)
         graph.replay()
     torch.testing.assert_close(captured, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_small_training_and_a_prediction_run_there(device: torch.device, tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+    for seed in range(3):
+        image, instances = synthetic.cells(64, seed=seed, radius_px=(7.0, 9.0))
+        write_tiff(tmp_path / "images" / f"{seed}.tif", image, "YX")
+        write_tiff(tmp_path / "labels" / f"{seed}.tif", instances.astype(np.uint16), "YX")
+    settings = {"features": (4, 8), "steps": 4, "validate_every": 2, "label_kind": "instance", "validation": 0.34}
+    places = {name: tmp_path / name for name in ("images", "labels")}
+    config = TrainConfig(**places, out=tmp_path / "run", device=device.type, **settings)
+    result = train(config, progress=False)
+    assert len(result.log) >= 2
+    image, _ = synthetic.cells(90, seed=9)
+    here = predict(result.model.to(device), image, tile_in=48, output="logits")
+    there = predict(result.model.to("cpu"), image, tile_in=84, output="logits")
+    np.testing.assert_allclose(here, there, atol=1e-3 * there.std())
