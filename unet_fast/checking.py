@@ -20,6 +20,7 @@ from .data import (
     instances_of,
     label_facts,
     label_ids,
+    read_labels,
     understand,
 )
 from .errors import BadInput
@@ -129,7 +130,7 @@ def check_data(
                     found.remarks.append(f"{image_path.name} has one grey value everywhere, {lows[-1]}")
             check_finite(picture)
         with _noted(found):
-            label = read_stack(label_path, labels=True)
+            label = read_labels(label_path, axes)
             maps.append(label_ids(label, ignore))
         if picture is not None and label is not None:
             with _noted(found):

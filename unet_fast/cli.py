@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,7 +120,7 @@ def _frame(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for everything it makes.")] = Path("unet_fast_demo"),
-    seed: Annotated[int, typer.Option(help="Another seed, other cells.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=10**6, help="Another seed, other cells.")] = 0,
     quick: Annotated[bool, typer.Option(help="A few steps only, to see that all of it runs.")] = False,
 ) -> None:
     """Show the whole job on synthetic touching cells: train, predict, evaluate, pictures. Needs nothing else."""
@@ -143,14 +144,16 @@ def train(
     axes: Axes = None,
     normalisation: Annotated[
         Scaling | None,
-        typer.Option("--normalise", help="Grey values: percentile of each image (default), range, none."),
+        typer.Option(
+            "--normalisation", "--normalise", help="Grey values: percentile of each image (default), range, none."
+        ),
     ] = None,
     low: Annotated[float | None, typer.Option(help="Percentile (1) or grey value that becomes 0.")] = None,
     high: Annotated[float | None, typer.Option(help="Percentile (99.8) or grey value that becomes 1.")] = None,
     preset: Annotated[
-        Preset,
+        Preset | None,
         typer.Option(help="paper: the paper's numbers, for a GPU. small: a narrow net and fewer steps, for a CPU."),
-    ] = Preset.PAPER,
+    ] = None,
     features: Annotated[
         str | None, typer.Option(help="Channels per level, such as 16,32,64,128. Default: the paper's 64,...,1024.")
     ] = None,
@@ -199,6 +202,8 @@ def train(
         given["features"] = _numbers("--features", features)
     if resume and out is None:
         raise typer.BadParameter("say which run to continue", param_hint="--out")
+    if resume and preset is not None:
+        raise typer.BadParameter("a run goes on with the settings it began with", param_hint="--preset")
     with _sentences():
         from .config import PRESETS, TrainConfig, read_toml
         from .training import resumed_config, train
@@ -206,7 +211,7 @@ def train(
         if config is not None:
             given = {**read_toml(config), **given}
         if not resume:
-            chosen = dict(PRESETS[preset.value])
+            chosen = dict(PRESETS[(preset or Preset.PAPER).value])
             if "epochs" in given:
                 chosen.pop("steps", None)
             given = {**chosen, **given}
@@ -236,6 +241,9 @@ def predict(
     ),
     tile: Annotated[int | None, typer.Option(help="Side of a tile; default: fits the image.")] = None,
     axes: Axes = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Probability above which a pixel is a cell; default: the likelier class.")
+    ] = None,
     min_pixels: Annotated[int, typer.Option(help="Drop smaller cells (instances only).", min=1)] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     quiet: Quiet = False,
@@ -253,6 +261,7 @@ def predict(
             output=output.value,
             axes=axes,
             tile_in=tile,
+            threshold=threshold,
             min_pixels=min_pixels,
             progress=not quiet,
         )
@@ -266,6 +275,7 @@ def evaluate(
     truth: Annotated[Path, typer.Option("--truth", help="True labels.")],
     label_kind: Kind = LabelKind.AUTO,
     ignore: Ignore = None,
+    axes: Axes = None,
     metrics: Annotated[str | None, typer.Option(help="Of iou, dice, pixel_error, cells; default: all.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -274,7 +284,7 @@ def evaluate(
         from .evaluation import METRICS, evaluate
 
         wanted = METRICS if metrics is None else tuple(metrics.replace(" ", "").split(","))
-        report = evaluate(pred, truth, kind=label_kind.value, ignore=ignore, wanted=wanted)
+        report = evaluate(pred, truth, kind=label_kind.value, ignore=ignore, axes=axes, wanted=wanted)
         for names, what in (
             (report.without_prediction, "truth without a prediction"),
             (report.without_truth, "predictions without truth"),
@@ -322,6 +332,8 @@ def main() -> None:
 
     Exit codes: 0 ok, 2 usage, 3 bad input, 4 out of memory, 130 interrupted.
     """
+    # a cluster ends a job so: the same as Ctrl-C, a checkpoint first
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except KeyboardInterrupt:  # before a verb began

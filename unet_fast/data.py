@@ -35,6 +35,7 @@ __all__ = [
     "label_ids",
     "label_values",
     "read_labelled",
+    "read_labels",
     "split",
     "target_of",
     "understand",
@@ -64,8 +65,12 @@ class Example:
 
 
 def target_of(instances: Tensor, class_of: Tensor) -> Tensor:
-    """Class ids [N, H, W] int64 of instances [N, H, W]; a gap cut between touching cells is background, -1 ignored."""
-    cut = unet_kernels.cut_gap(instances).long()
+    """Class ids [N, H, W] int64 of instances [N, H, W], -1 where ignored.
+
+    Where two cells of one kind touch, a gap of background is cut between them. Of several classes no gap is cut: cells
+    of one class are its connected parts and never touch, and what lies beside another class belongs there.
+    """
+    cut = (unet_kernels.cut_gap(instances) if class_of.max() <= 1 else instances).long()
     return torch.where(cut < 0, -1, class_of[cut.clamp(min=0)])
 
 
@@ -108,7 +113,7 @@ def read_labelled(
         raise BadInput(f"label kind must be one of {', '.join(LABEL_KINDS)}, got {kind!r}")
     pairing = pair(images, labels)
     refuse_unmatched(pairing, images, labels)
-    stacks = [(read_stack(i, axes=axes), read_stack(m, labels=True)) for i, m in pairing.pairs]
+    stacks = [(read_stack(i, axes=axes), read_labels(m, axes)) for i, m in pairing.pairs]
     channels = _one_number_of_channels([s for s, _ in stacks])
     maps = [label_values(picture, label, ignore) for picture, label in stacks]
     facts = label_facts(maps)
@@ -167,6 +172,17 @@ def check_finite(stack: Stack) -> None:
         raise BadInput(f"{stack.path} has {count} NaN or infinite pixels, the first at {where}; replace them first")
 
 
+def read_labels(path: Path, axes: str | None = None) -> Stack:
+    """A label file; `axes` are its images': without the channels they hold here too, if there are as many."""
+    if axes is None:
+        return read_stack(path, labels=True)
+    try:
+        return read_stack(path, axes=axes.replace("C", ""), labels=True)
+    except BadInput:
+        # of another number of axes: what the file itself says
+        return read_stack(path, labels=True)
+
+
 def label_values(picture: Stack, label: Stack, ignore: int | None) -> np.ndarray[Any, Any]:
     """Ids [D, H, W] int64, -1 where ignored."""
     check_finite(picture)
@@ -178,7 +194,7 @@ def check_same_size(picture: Stack, label: Stack) -> None:
     """Raise BadInput unless labels have their image's slices, rows and columns."""
     a, b = picture.pixels.shape, label.pixels.shape
     if (a[0], *a[2:]) != (b[0], *b[2:]):
-        raise BadInput(f"{label.path} is {_described(b)}, its image {picture.path.name} is {_described(a)}")
+        raise BadInput(f"{label.path} is {_described(b)}, {picture.path.name} is {_described(a)}")
 
 
 def label_ids(label: Stack, ignore: int | None) -> np.ndarray[Any, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import metrics
-from .data import agreed, label_facts, label_values, understand
+from .data import agreed, label_facts, label_values, read_labels, understand
 from .errors import BadInput
 from .files import list_images, read_stack
 from .pairs import Pairing, pair
@@ -77,6 +77,7 @@ def evaluate(
     *,
     kind: str = "auto",
     ignore: int | None = None,
+    axes: str | None = None,
     wanted: Sequence[str] = METRICS,
 ) -> Report:
     """Score predictions against labels.
@@ -88,6 +89,7 @@ def evaluate(
         truth: a file or folder of labels.
         kind: what the truth's values are, as in `unet_fast.data.read_labelled`.
         ignore: a truth value whose pixels do not count.
+        axes: of the truth's files, where they do not say.
         wanted: of `METRICS`.
 
     Returns:
@@ -103,7 +105,7 @@ def evaluate(
     pairing = _paired(prediction, truth)
     if not pairing.pairs:
         raise BadInput(f"{prediction} and {truth} have no name in common")
-    stacks = [(read_stack(p, labels=_looks_like_labels(p)), read_stack(t, labels=True)) for p, t in pairing.pairs]
+    stacks = [(read_stack(p, labels=_looks_like_labels(p)), read_labels(t, axes)) for p, t in pairing.pairs]
     truths = [label_values(p, t, ignore) for p, t in stacks]
     facts = label_facts(truths)
     if kind == "auto":
@@ -159,7 +161,7 @@ class _Counts:
         wanted: Sequence[str],
     ) -> "_Counts":
         counted = ids >= 0
-        probability, labels = _prediction(name, planes, kind)
+        probability, labels = _prediction(name, planes, kind, classes)
         target = ids if kind == "class" else (ids > 0).astype(np.int64)
         found = labels if kind == "class" else labels > 0
         hits = np.array(
@@ -218,7 +220,7 @@ def _mean(values: np.ndarray[Any, Any]) -> float:
 
 
 def _prediction(
-    name: str, planes: np.ndarray[Any, Any], kind: str
+    name: str, planes: np.ndarray[Any, Any], kind: str, classes: int
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(probability of cell, labels) of one predicted image [C, H, W]."""
     if planes.dtype.kind == "f":
@@ -230,6 +232,12 @@ def _prediction(
     if len(planes) != 1:
         raise BadInput(f"{name} holds {len(planes)} channels of whole numbers; expected one channel of labels")
     labels = planes[0].astype(np.int64)
+    if labels.min() < 0:
+        raise BadInput(f"{name} must hold labels of 0 and above, got {labels.min()}")
+    if kind == "class" and labels.max() >= classes:
+        raise BadInput(
+            f"{name} has label {labels.max()}, the truth has classes 0 to {classes - 1}; are these cell ids?"
+        )
     return (labels > 0).astype(np.float32), labels
 
 

@@ -18,6 +18,7 @@ class BorderWeightedCrossEntropy(nn.Module):
         sigma_px: its width in pixels.
         class_weight: w_c, one number per class, background first (`unet_fast.class_balance`); None is 1 for all.
         region: where the border term applies, "background" or "all" (`unet_kernels.border_weight`).
+        gap: the background is that of `cut_gap(instances)`; False where a given target has no gap between cells.
         reduction: as in `unet_kernels.weighted_cross_entropy`: "mean" divides by the number of pixels, never by the
             weights; "sum" is the paper's.
 
@@ -33,10 +34,12 @@ class BorderWeightedCrossEntropy(nn.Module):
         *,
         class_weight: Sequence[float] | None = None,
         region: str = "background",
+        gap: bool = True,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
         self.w0, self.sigma_px, self.region, self.reduction = w0, sigma_px, region, reduction
+        self.gap = gap
         self.class_weight = None if class_weight is None else tuple(map(float, class_weight))
 
     def forward(self, logits: Tensor, instances: Tensor, target: Tensor | None = None) -> Tensor:
@@ -83,7 +86,12 @@ class BorderWeightedCrossEntropy(nn.Module):
         if not self.w0:
             return balance
         border = unet_kernels.border_weight(
-            instances, w0=self.w0, sigma_px=self.sigma_px, class_weight=(0.0, 0.0), region=self.region
+            instances,
+            w0=self.w0,
+            sigma_px=self.sigma_px,
+            class_weight=(0.0, 0.0),
+            region=self.region,
+            gap=self.gap,
         )
         return balance + _centre(border, *target.shape[-2:])
 

@@ -18,8 +18,9 @@ class Normalisation:
     """How grey values become numbers near 0 to 1.
 
     kind "percentile": each channel of each slice by itself, its `low`-th percentile to 0, its `high`-th to 1, clipped:
-    exposure and contrast of the microscope no longer matter. "range": `low` to 0 and `high` to 1, clipped, the same
-    for every image: for data whose grey values mean something. "none": as they are, as float32.
+    exposure and contrast of the microscope no longer matter. Where both percentiles are equal, its least and greatest
+    value. "range": `low` to 0 and `high` to 1, clipped, the same for every image: for data whose grey values mean
+    something. "none": as they are, as float32.
     """
 
     kind: str = "percentile"
@@ -46,6 +47,10 @@ class Normalisation:
         else:
             flat = image.reshape(*image.shape[:-2], -1)
             low, high = np.percentile(flat, (self.low, self.high), axis=-1)[..., None, None]
+            # a few bright pixels on a black ground lie beyond the percentiles: the range is all there is
+            flat_plane = ~(low < high)
+            low = np.where(flat_plane, flat.min(-1)[..., None, None], low)
+            high = np.where(flat_plane, flat.max(-1)[..., None, None], high)
         # in float64: a uint16 range of 1 in 60000 must not vanish; a plane of one grey value becomes 0
         span = np.where(np.asarray(high) > low, np.asarray(high, np.float64) - low, np.inf)
         return np.clip((image - low) / span, 0, 1).astype(np.float32)

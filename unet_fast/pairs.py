@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import BadInput
-from .files import list_images
+from .files import SUFFIXES, list_images
 
-__all__ = ["Pairing", "pair"]
+__all__ = ["Pairing", "images_in", "labels_in", "pair"]
 
 # longest first, so that `x_cp_masks` is x and not x_cp
 _WORDS = "cp_masks|segmentation|instances|instance|labels|label|masks|mask|annotation|manual|truth|seg|lbl|gt"
@@ -51,29 +51,48 @@ def pair(images: Path, labels: Path) -> Pairing:
         return Pairing([(list_images(images)[0], list_images(labels)[0])], [], [])
     if images.is_file() or labels.is_file():
         raise BadInput(f"{images} and {labels} must be two files or two folders")
-    if images.resolve() == labels.resolve():
-        inside = _folder_in(images, _IMAGE_FOLDERS), _folder_in(images, _LABEL_FOLDERS)
-        if inside[0] and inside[1]:
-            images, labels = inside[0], inside[1]
-        else:
-            return _in_one_folder(images)
-    labels = next((p for p in (labels / "SEG", labels / "TRA") if p.is_dir()), labels)
-    return _match(list_images(images), list_images(labels))
+    one_folder = images.resolve() == labels.resolve()
+    pictures, truths = images_in(images), labels_in(images if one_folder else labels)
+    if one_folder and pictures == truths:
+        raise BadInput(
+            f"{images} must hold images and their labels, such as x.png and x_mask.png, or images/ and masks/"
+        )
+    return _match(pictures, truths)
+
+
+def images_in(path: Path) -> list[Path]:
+    """The images of a file or folder: those of `images/` where there is one, and no labels that lie beside them.
+
+    Raises:
+        BadInput: there is nothing there, or nothing that can be read.
+    """
+    inside = _folder_in(path, _IMAGE_FOLDERS)
+    files = list_images(inside or path)
+    return [p for p in files if p not in _beside_images(files)]
+
+
+def labels_in(path: Path) -> list[Path]:
+    """The label files of a file or folder: those of `masks/`, `labels/` or `SEG/`, or those that lie beside images.
+
+    Raises:
+        BadInput: there is nothing there, or nothing that can be read.
+    """
+    inside = _folder_in(path, ("SEG", "TRA", *_LABEL_FOLDERS))
+    files = list_images(inside or path)
+    return _beside_images(files) or files
+
+
+def _beside_images(files: list[Path]) -> list[Path]:
+    """The files named as the labels of another one: x_mask.png where there is x.png."""
+    stems = {_image_key(p) for p in files if _label_key(p) == p.stem}
+    return [p for p in files if _label_key(p) != p.stem and _label_key(p) in stems]
 
 
 def _folder_in(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of the subfolders `names`; None in a folder that has images of its own."""
+    if not folder.is_dir() or any(p.suffix.lower() in SUFFIXES for p in folder.iterdir() if p.is_file()):
+        return None
     return next((folder / name for name in names if (folder / name).is_dir()), None)
-
-
-def _in_one_folder(folder: Path) -> Pairing:
-    files = list_images(folder)
-    labels = [p for p in files if _label_key(p) != p.stem]
-    images = [p for p in files if _label_key(p) == p.stem]
-    if not labels or not images:
-        raise BadInput(
-            f"{folder} must hold images and their labels, such as x.png and x_mask.png, or images/ and masks/"
-        )
-    return _match(images, labels)
 
 
 def _match(images: list[Path], labels: list[Path]) -> Pairing:

@@ -8,8 +8,9 @@ import numpy as np
 from .cells import find_cells
 from .data import check_finite
 from .errors import BadInput
-from .files import SUFFIXES, Stack, list_images, read_stack, writable_folder, write_picture, write_tiff
+from .files import SUFFIXES, Stack, read_stack, writable_folder, write_picture, write_tiff
 from .model import FastUNet
+from .pairs import images_in
 from .progress import Progress
 from .tiling import plan_tiles, predict
 
@@ -26,6 +27,7 @@ def predict_files(
     output: str = "labels",
     axes: str | None = None,
     tile_in: int | None = None,
+    threshold: float | None = None,
     min_pixels: int = 1,
     progress: bool = False,
 ) -> list[Path]:
@@ -41,6 +43,7 @@ def predict_files(
             "probabilities", float32 [K, H, W] or [Z, K, H, W].
         axes: of the image files, where they do not say.
         tile_in: side of a tile, see `unet_fast.plan_tiles`.
+        threshold: probability above which a pixel is a cell, for labels and instances of two classes.
         min_pixels: smaller cells are dropped; for instances only.
         progress: show progress on stderr.
 
@@ -53,7 +56,9 @@ def predict_files(
     """
     if output not in FILE_OUTPUTS:
         raise BadInput(f"output must be one of {', '.join(FILE_OUTPUTS)}, got {output!r}")
-    sources = list_images(images)
+    if threshold is not None and not (0 <= threshold <= 1 and output != "probabilities" and model.out_channels == 2):
+        raise BadInput(f"threshold must lie between 0 and 1, for cells of two classes, got {threshold:g} for {output}")
+    sources = images_in(images)
     targets = _targets(images, sources, out, output)
     slices = 0
     for source, target in zip(sources, targets, strict=True):
@@ -67,7 +72,7 @@ def predict_files(
     with Progress("predict", slices, shown=progress) as bar:
         for source, target in zip(sources, targets, strict=True):
             stack = read_stack(source, axes=axes)
-            _write(target, _segment(model, stack, output, tile_in, min_pixels, bar), stack.is_stack)
+            _write(target, _segment(model, stack, output, tile_in, threshold, min_pixels, bar), stack.is_stack)
     return targets
 
 
@@ -79,6 +84,10 @@ def _targets(images: Path, sources: list[Path], out: Path, output: str) -> list[
             raise BadInput(f"{out} cannot hold probabilities; use .tif")
         targets = [out]
     else:
+        if out.suffix.lower() in SUFFIXES:
+            raise BadInput(f"{out} must be a folder, for the {len(sources)} images of {images}")
+        if out.exists() and any(out.samefile(source.parent) for source in sources):
+            raise BadInput(f"{out} is the folder of the images; choose another place for the results")
         targets = [out / f"{source.stem}.tif" for source in sources]
     by_target: dict[Path, Path] = {}
     for source, target in zip(sources, targets, strict=True):
@@ -102,11 +111,17 @@ def _readable(source: Path, model: FastUNet, axes: str | None) -> Stack:
 
 
 def _segment(
-    model: FastUNet, stack: Stack, output: str, tile_in: int | None, min_pixels: int, bar: Progress
+    model: FastUNet,
+    stack: Stack,
+    output: str,
+    tile_in: int | None,
+    threshold: float | None,
+    min_pixels: int,
+    bar: Progress,
 ) -> np.ndarray[Any, Any]:
     wanted, slices = "probabilities" if output == "probabilities" else "labels", []
     for name, plane in zip(stack.names, stack.pixels, strict=True):
-        slices.append(predict(model, plane, axes="CYX", tile_in=tile_in, output=wanted))
+        slices.append(predict(model, plane, axes="CYX", tile_in=tile_in, output=wanted, threshold=threshold))
         bar.advance(name)
     result: np.ndarray[Any, Any] = np.stack(slices)
     if output == "instances":

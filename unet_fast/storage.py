@@ -51,8 +51,11 @@ def load(path: str | Path) -> FastUNet:
     path = path / MODEL if path.is_dir() else path
     tensors, about = read_tensors(path)
     try:
+        # its first weights are thrown away: the caller's generator need not notice
+        with torch.random.fork_rng([]):
+            model = FastUNet(**about["net"])
         # in its own dtype first: a float64 weight must not pass through float32
-        model = FastUNet(**about["net"]).to(next(iter(tensors.values())).dtype)
+        model.to(next(iter(tensors.values())).dtype)
         model.load_state_dict(tensors)
         if about["normalisation"]:
             model.normalisation = Normalisation(**about["normalisation"])

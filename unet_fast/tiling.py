@@ -180,6 +180,7 @@ def predict(
     axes: str | None = None,
     tile_in: int | Sequence[int] | None = None,
     output: str = "labels",
+    threshold: float | None = None,
     out: Any = None,
     batch: int = 1,
     progress: bool = False,
@@ -194,6 +195,7 @@ def predict(
         tile_in: see `plan_tiles`.
         output: "labels" (the likeliest class: uint8, uint16 above 256 classes), "probabilities" (softmax, float32) or
             "logits" (the model's dtype, float32 at least).
+        threshold: for labels of two classes: the probability above which a pixel is a cell; None takes the likelier.
         out: anything that can be written by index, of the result's shape; it is returned then.
         batch: tiles that go through the net together.
         progress: show progress on stderr.
@@ -213,6 +215,8 @@ def predict(
     if slices.dtype.kind == "f" and not np.isfinite(slices).all():
         raise BadInput(f"image has {int((~np.isfinite(slices)).sum())} NaN or infinite pixels; replace them first")
     plan = plan_tiles(slices.shape, tile_in=tile_in, model=model)
+    if threshold is not None and not (output == "labels" and model.out_channels == 2 and 0 <= threshold <= 1):
+        raise BadInput(f"threshold must lie between 0 and 1, for labels of two classes, got {threshold:g}")
     classes = int(getattr(model, "out_channels", 2))
     inner = plan.shape if output == "labels" else (classes, *plan.shape)
     shape = (len(slices), *inner) if piled else inner
@@ -225,7 +229,7 @@ def predict(
         for z, plane in enumerate(slices):
             for (row, column), tile in _outputs(model, plane, plan, batch):
                 where = (..., slice(row, row + tile.shape[-2]), slice(column, column + tile.shape[-1]))
-                out[(z, *where) if piled else where] = _as_output(tile, output, out)
+                out[(z, *where) if piled else where] = _as_output(tile, output, threshold, out)
                 bar.advance(f"slice {z + 1} of {len(slices)}" if piled else "")
     return torch.from_numpy(out).to(image.device) if made_here and isinstance(image, Tensor) else out
 
@@ -271,9 +275,9 @@ def _dtype(model: nn.Module, output: str, classes: int) -> Any:
     return np.float64 if own == torch.float64 else np.float32
 
 
-def _as_output(tile: Tensor, output: str, out: Any) -> Any:
+def _as_output(tile: Tensor, output: str, threshold: float | None, out: Any) -> Any:
     if output == "labels":
-        tile = tile.argmax(0)
+        tile = tile.argmax(0) if threshold is None else tile.softmax(0)[1] > threshold
     else:
         tile = tile.double() if tile.dtype == torch.float64 else tile.float()
         tile = tile.softmax(0) if output == "probabilities" else tile

@@ -9,6 +9,7 @@ RUN/curves.png        log.csv as a picture
 """
 
 import csv
+import hashlib
 import json
 import math
 import platform
@@ -48,6 +49,7 @@ LOG_COLUMNS = (
     "val_loss",
     "val_iou",
     "val_pixel_error",
+    "val_threshold",
     "val_cell_iou",
     "val_ap50",
     "best",
@@ -101,10 +103,16 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     learn, held_out = split(data.examples, config.validation)
     if not any((e.instances > 0).any() for e in learn):
         raise BadInput(f"{config.labels} has no cell outside the validation block; use a smaller validation share")
+    if held_out and not any((e.instances > 0).any() for e in held_out):
+        block = f"the validation block, {held_out[0].name} to {held_out[-1].name},"
+        share = f"another validation share than {config.validation:g}"
+        raise BadInput(f"{block} has no cell to be judged by; use {share}, or 0 for none")
     tile = config.tile or _tile_for(learn, config)
     sampler = _Sampler(learn, config, tile)
     steps = config.steps or (config.epochs * sampler.per_epoch if config.epochs else 10_000)
-    config = config.with_(tile=tile, classes=classes, steps=steps, epochs=None)
+    # absolute, so that a run can be continued from anywhere
+    places = {"images": config.images.absolute(), "labels": config.labels.absolute()}
+    config = config.with_(tile=tile, classes=classes, steps=steps, epochs=None, **places)
     if state is not None:
         config = _continued(config, state.about["config"])
     weights = class_balance(learn) if config.balance else (1.0,) * classes
@@ -112,8 +120,11 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         raise BadInput(f"the training set has no pixel of class {classes - 1}; train with classes {len(weights)}")
 
     device = pick_device(config.device)
-    torch.manual_seed(config.seed)
-    model = FastUNet(data.channels, classes, config.features, up_mode=config.up_mode, dropout=config.dropout).to(device)
+    # on the CPU, so that the first weights are the same on every device
+    with torch.random.fork_rng([]):
+        torch.manual_seed(config.seed)
+        model = FastUNet(data.channels, classes, config.features, up_mode=config.up_mode, dropout=config.dropout)
+    model.to(device)
     model.normalisation = normalisation
     writable_folder(config.out)
     if progress:
@@ -233,9 +244,13 @@ class _Run:
     ) -> None:
         assert config.steps is not None
         self.config, self.model, self.sampler, self.device, self.steps = config, model, sampler, device, config.steps
-        self.weights, self.data = tuple(weights), data
+        self.weights, self.data, self.data_digest = tuple(weights), data, _digest(data.examples)
         self.loss = BorderWeightedCrossEntropy(
-            config.border_weight, config.border_sigma, class_weight=weights, region=config.border_region
+            config.border_weight,
+            config.border_sigma,
+            class_weight=weights,
+            region=config.border_region,
+            gap=data.kind != "class",
         )
         self.validation = Validation(held_out, self.loss)
         self.validate_every = config.validate_every or max(1, round(self.steps / 20))
@@ -303,6 +318,7 @@ class _Run:
             "best_step": self.best_step,
             "seconds": self.seconds,
             "config": self.config.as_dict(),
+            "data": self.data_digest,
             "log": self.log,
             "losses": [float(loss) for loss in self.losses],
         }
@@ -318,6 +334,11 @@ class _Run:
                 # in the parameter's own strides, as SGD made it
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(kept)
         about = state.about
+        if about["data"] != self.data_digest:
+            raise BadInput(
+                f"{self.config.images} and {self.config.labels} are not what the run in {self.config.out} began with; "
+                f"their contents must stay, wherever they lie"
+            )
         self.step, self.best_step, self.seconds = about["step"], about["best_step"], about["seconds"]
         self.best = math.inf if about["best"] is None else about["best"]
         self.log, self.losses = about["log"], [torch.tensor(loss, device=self.device) for loss in about["losses"]]
@@ -353,10 +374,11 @@ class _Run:
     def _one_step(self) -> None:
         # instances and target may stay: the loss moves what it makes of them
         image, instances, target = self.sampler.batch(self.step)
-        # dropout's draws belong to the step, not to what was drawn before it
-        torch.manual_seed(hash((self.config.seed, self.step)) & (2**62 - 1))
         self.model.train()
-        loss: Tensor = self.loss(self.model(image.to(self.device)), instances, target)
+        # dropout's draws belong to the step, not to what was drawn before it; the caller's generators stay as they were
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(ElasticWarp.generator(self.config.seed, -1, self.step).initial_seed())
+            loss: Tensor = self.loss(self.model(image.to(self.device)), instances, target)
         self.optimizer.zero_grad()
         loss.backward()
         if self.config.clip:
@@ -374,10 +396,9 @@ class _Run:
         if check and math.isfinite(loss) and not all(p.isfinite().all() for p in self.model.parameters()):
             loss = math.nan
         if not math.isfinite(loss):
-            raise BadInput(
-                f"the loss became {loss} at step {self.step}; a smaller lr than {self.config.lr:g} is needed "
-                f"({self.config.out} keeps the last good state)"
-            )
+            kept = f" ({self.config.out} keeps the last good state)" if _checkpoints(self.config.out) else ""
+            needed = f"a smaller lr than {self.config.lr:g} is needed"
+            raise BadInput(f"the loss became {loss} at step {self.step}; {needed}{kept}")
         row: dict[str, Any] = dict.fromkeys(LOG_COLUMNS, "")
         lr = self.optimizer.param_groups[0]["lr"]
         epoch = (self.step - 1) // self.sampler.per_epoch
@@ -408,6 +429,15 @@ class _Run:
         return shown if last is None else f"{shown}  validation IoU {float(last['val_iou']):.3f}"
 
 
+def _digest(examples: Sequence[Example]) -> str:
+    """sha256 of all images, as they are trained on, and of their labels."""
+    digest = hashlib.sha256()
+    for example in examples:
+        for part in (example.image, example.instances, example.class_of):
+            digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _rate(step: int, warm: int, steps: int) -> float:
     """Factor of the learning rate: a linear rise, then half a cosine to 0."""
     if step < warm:
@@ -429,7 +459,7 @@ def _newest(out: Path) -> _State:
     """The newest checkpoint that is whole."""
     found = _checkpoints(out)
     if not found:
-        raise BadInput(f"{out} has no checkpoint to resume from")
+        raise BadInput(f"{out} has no checkpoint to resume from; begin again, without resume, in an empty folder")
     for path in reversed(found):
         try:
             return _State(*read_tensors(path))

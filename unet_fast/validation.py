@@ -69,5 +69,6 @@ class Validation:
         }
         if truths:
             pooled = np.concatenate(probabilities)[None], np.concatenate(truths)[None]
-            scores["val_pixel_error"] = metrics.pixel_error(*pooled)
+            parts = metrics.pixel_error(*pooled, parts=True)
+            scores |= {"val_pixel_error": parts["error"], "val_threshold": parts["threshold"]}
         return scores

@@ -72,10 +72,10 @@ def test_all_that_is_wrong_is_found_at_once(tmp_path: Path) -> None:
     for said in (
         "1 label files have no image",
         "1 images have no labels",
-        "larger.tif is 32x32, its image larger.tif is 40x32",
+        "larger.tif is 32x32, larger.tif is 40x32",
         "images/nan.tif has 1 NaN or infinite pixels, the first at nan.tif row 3 column 4",
         "images/both.tif has 1 NaN",
-        "labels/both.tif is 30x32, its image both.tif is 32x32",
+        "labels/both.tif is 30x32, both.tif is 32x32",
         "images/all_nan.tif has 1024 NaN",
         "labels/all_nan.tif must hold whole numbers as labels, got 0.5",
         "images/broken.tif is truncated",

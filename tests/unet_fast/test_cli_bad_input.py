@@ -126,7 +126,7 @@ SPOILT: dict[str, tuple[Spoil, str, str]] = {
     "sizes differ": (
         lambda p: _write(p / "labels" / "b.tif", _cells()[:30]),
         "train evaluate",
-        "b.tif is 30x32, its image b.tif is 32x32",
+        "b.tif is 30x32, b.tif is 32x32",
     ),
     "NaN in an image": (lambda p: _write(p / "images" / "b.tif", _nan()), "train predict", "b.tif row 3 column 4"),
     "NaN in a result": (lambda p: _write(p / "results" / "b.tif", _nan()), "evaluate", "b.tif row 3 column 4"),
@@ -215,7 +215,7 @@ def test_data_that_cannot_be_used_are_refused(name: str, verb: str, place: Path)
         ("predict", "--out file", "file"),
         ("predict", "--out file/found", "cannot be written"),
         ("predict", "--out /proc/found", "cannot be written"),
-        ("predict", "--out images", "is one of the images; choose another place"),
+        ("predict", "--out images", "is the folder of the images; choose another place"),
         ("predict", "--device cuda:99", "device cuda:99 cannot be used here"),
         ("predict", "-i images/a.tif --out found.jpg", "must end in .tif or .png"),
         ("predict", "-i images/a.tif --out found.png --output probabilities", "cannot hold probabilities; use .tif"),

@@ -101,6 +101,13 @@ def test_classes_are_averaged(tmp_path: Path) -> None:
     assert "cell_iou" not in report.overall
 
 
+def test_cell_ids_are_no_classes(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "t.tif", np.array([[1, 1, 2, 2], [0, 0, 2, 2]], np.uint8))
+    tifffile.imwrite(tmp_path / "f.tif", np.array([[1, 1, 2, 2], [0, 0, 3, 7]], np.uint8))
+    with pytest.raises(BadInput, match=r"has label 7, the truth has classes 0 to 2; are these cell ids\?"):
+        evaluate(tmp_path / "f.tif", tmp_path / "t.tif", kind="class")
+
+
 def test_ignored_pixels_do_not_count(tmp_path: Path) -> None:
     true = np.array([[1, 1, 9, 9, 0, 0]], np.uint8)
     tifffile.imwrite(tmp_path / "t.tif", true)
@@ -124,8 +131,9 @@ def test_files_without_partner_are_named(tmp_path: Path, truth: Path) -> None:
         (np.zeros((10, 10), np.uint8), "10x10"),
         (np.full((64, 64), 1.5, np.float32), "between 0 and 1"),
         (np.zeros((2, 64, 64), np.uint8), "channels of whole numbers"),
+        (np.full((64, 64), -1, np.int16), "labels of 0 and above, got -1"),
     ],
-    ids=["size", "range", "channels"],
+    ids=["size", "range", "channels", "negative"],
 )
 def test_what_cannot_be_compared_is_refused(tmp_path: Path, truth: Path, array: Any, sentence: str) -> None:
     with pytest.raises(BadInput, match=sentence):

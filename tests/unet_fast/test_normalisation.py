@@ -107,3 +107,11 @@ def test_settings_that_make_no_sense_are_refused(settings: tuple[Any, ...], said
 def test_it_is_kept_as_json(kind: str, low: float, high: float) -> None:
     normalise = Normalisation(kind, low, high)
     assert Normalisation(**json.loads(json.dumps(normalise.as_dict()))) == normalise
+
+
+def test_a_few_bright_pixels_on_black_are_not_lost() -> None:
+    image = np.zeros((1, 120, 120), np.uint8)
+    image[0, 50:53, 50:56] = 200
+    out = Normalisation()(image)
+    assert out.max() == 1
+    assert (out > 0).sum() == 18

@@ -9,7 +9,7 @@ import pytest
 
 from tests.proof.properties import given, settings, st
 from unet_fast.errors import BadInput
-from unet_fast.pairs import Pairing, pair
+from unet_fast.pairs import Pairing, images_in, labels_in, pair
 
 SUFFIXES = ["_mask", "-masks", ".label", " labels", "_cp_masks", "_seg", "_gt", "_Mask", "_instances", "_manual"]
 PREFIXES = ["mask_", "masks-", "label ", "gt_", "seg_", "LABELS_"]
@@ -172,3 +172,19 @@ def test_every_file_is_in_one_pair_or_on_one_list(names: list[str], seed: int, d
     assert sorted(i.stem for i, _ in pairing.pairs) == sorted(have_labels)
     assert sorted(p.stem for p in pairing.lone_images) == sorted(set(names) - set(have_labels))
     assert [p.stem for p in pairing.lone_labels] == ["zz without"]
+
+
+def test_images_and_labels_of_one_folder_are_told_apart(tmp_path: Path) -> None:
+    _touch(tmp_path, "a.png", "a_masks.png", "b.png", "b_masks.png")
+    assert [p.name for p in images_in(tmp_path)] == ["a.png", "b.png"]
+    assert [p.name for p in labels_in(tmp_path)] == ["a_masks.png", "b_masks.png"]
+    # a folder of labels only, or of images whose names say mask, is taken as it is
+    alone = _touch(tmp_path / "alone", "a_masks.png", "b_masks.png")
+    assert [p.name for p in images_in(alone)] == [p.name for p in labels_in(alone)] == ["a_masks.png", "b_masks.png"]
+
+
+def test_images_and_labels_are_found_in_their_subfolders(tmp_path: Path) -> None:
+    _touch(tmp_path / "images", "a.png")
+    _touch(tmp_path / "masks", "a.png")
+    assert [p.parent.name for p in images_in(tmp_path)] == ["images"]
+    assert [p.parent.name for p in labels_in(tmp_path)] == ["masks"]

@@ -126,10 +126,10 @@ def test_nothing_is_written_where_one_image_cannot_be_segmented(
 
 def test_images_are_never_overwritten(model: FastUNet, folder: Path, tmp_path: Path) -> None:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    with pytest.raises(BadInput, match="is one of the images; choose another place for the results"):
+    with pytest.raises(BadInput, match="is the folder of the images; choose another place for the results"):
         predict_files(model, folder, folder)
     (tmp_path / "link").symlink_to(folder)
-    with pytest.raises(BadInput, match="is one of the images"):
+    with pytest.raises(BadInput, match="is the folder of the images"):
         predict_files(model, folder, tmp_path / "link")
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
@@ -152,3 +152,16 @@ def test_a_place_that_cannot_hold_it_is_refused_before_the_work(
     with pytest.raises(BadInput, match=sentence):
         predict_files(model, folder / source, tmp_path / name, output=output)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_threshold_moves_the_cut(model: FastUNet, folder: Path, tmp_path: Path) -> None:
+    source = folder / "t10.tif"
+    predict_files(model, source, tmp_path / "p.tif", output="probabilities")
+    probability = read_stack(tmp_path / "p.tif").pixels[0, 1]
+    middle = float(np.median(probability))
+    predict_files(model, source, tmp_path / "l.tif", threshold=middle)
+    assert np.array_equal(read_stack(tmp_path / "l.tif").pixels[0, 0], probability > np.float32(middle))
+    with pytest.raises(BadInput, match="threshold must lie between 0 and 1"):
+        predict_files(model, source, tmp_path / "x.tif", threshold=1.5)
+    with pytest.raises(BadInput, match="for probabilities"):
+        predict_files(model, source, tmp_path / "x.tif", output="probabilities", threshold=0.5)

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def test_the_log_has_the_columns_of_the_contract(finished: Path) -> None:
         header, *rows = list(csv.reader(file))
     assert tuple(header) == training.LOG_COLUMNS
     assert header == [
-        "step", "epoch", "lr", "loss", "val_loss", "val_iou", "val_pixel_error", "val_cell_iou", "val_ap50", "best",
+        "step", "epoch", "lr", "loss", "val_loss", "val_iou", "val_pixel_error", "val_threshold", "val_cell_iou",
+        "val_ap50", "best",
         "seconds",
     ]  # fmt: skip
     log = training.read_log(finished / "log.csv")
@@ -166,6 +168,9 @@ def test_validation_scores_are_those_that_predict_and_metrics_give(drawn: Path, 
         "val_loss": float((weight * picked).mean()),
         "val_iou": (a & b).sum() / (a | b).sum(),
         "val_pixel_error": metrics.pixel_error(logits.softmax(0)[1].numpy(), (cells > 0).numpy()),
+        "val_threshold": metrics.pixel_error(logits.softmax(0)[1].numpy(), (cells > 0).numpy(), parts=True)[
+            "threshold"
+        ],
         "val_cell_iou": scores.mean_iou,
         "val_ap50": scores.average_precision["0.50"],
     }
@@ -555,3 +560,34 @@ def test_dropout_is_on_and_belongs_to_the_step(drawn: Path, finished: Path, tmp_
     assert load(finished).settings["dropout"] == 0.5
     train(config(drawn, tmp_path / "run", dropout=0.0), progress=False)
     assert outcome(tmp_path / "run")[1:] != outcome(finished)[1:]
+
+
+def test_a_validation_block_without_a_cell_is_refused(drawn: Path, tmp_path: Path) -> None:
+    places = tmp_path / "images", tmp_path / "labels"
+    for place in places:
+        shutil.copytree(drawn / place.name, place)
+    last = sorted(places[1].iterdir())[-1]
+    write_tiff(last, np.zeros((64, 64), np.uint16), "YX")
+    with pytest.raises(BadInput, match=r"the validation block, 3\.tif to 3\.tif, has no cell to be judged by"):
+        train(config(tmp_path, tmp_path / "run"), progress=False)
+    assert not (tmp_path / "run").exists()
+    assert train(config(tmp_path, tmp_path / "run", validation=0.0), progress=False).best_step == 7
+
+
+def test_a_run_does_not_go_on_with_other_data(drawn: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    for name in ("images", "labels"):
+        shutil.copytree(drawn / name, tmp_path / name)
+    # elsewhere, but the same
+    train(config(tmp_path, tmp_path / "run"), resume=True, progress=False)
+    image, _ = synthetic.cells(64, seed=77, radius_px=(7.0, 9.0))
+    write_tiff(tmp_path / "images" / "0.tif", image, "YX")
+    with pytest.raises(BadInput, match=r"are not what the run in .* began with"):
+        train(config(tmp_path, tmp_path / "run"), resume=True, progress=False)
+
+
+def test_training_leaves_the_callers_generator_alone(drawn: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    train(config(drawn, tmp_path / "run"), progress=False)
+    assert torch.equal(torch.get_rng_state(), before)
