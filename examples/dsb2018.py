@@ -86,12 +86,10 @@ for name, row in scores.items():
         f"{name:18} {row['iou']:6.3f} {row['ap50']:7.3f} {row['cell_iou']:9.3f} "
         f"{row['touching_pairs']:9d} {row['merged_pairs']:7d}"
     )
-shown = max(list_images(test / "images"), key=lambda p: int(read_stack(test / "labels" / f"{p.stem}.tif").pixels.max()))
-figures.draw_prediction(
-    out / "dsb2018.png",
-    read_stack(shown).pixels[0, 0],
-    read_stack(test / "labels" / f"{shown.stem}.tif").pixels[0, 0],
-    read_stack(out / "eq2_cells" / f"{shown.stem}.tif").pixels[0, 0],
-    title="nuclei the net has not seen",
+crowded = max(
+    list_images(test / "images"), key=lambda p: int(read_stack(test / "labels" / f"{p.stem}.tif").pixels.max())
 )
+places = (crowded, test / "labels" / f"{crowded.stem}.tif", out / "eq2_cells" / f"{crowded.stem}.tif")
+image, truth, cells = (read_stack(place).pixels[0, 0, :300, :300] for place in places)
+figures.draw_prediction(out / "dsb2018.png", image, truth, cells, title="nuclei the net has not seen")
 (out / "scores.json").write_text(json.dumps({"seconds": seconds, "scores": scores}, indent=2) + "\n")
