@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__, geometry
+from . import __version__
 from .augment import ElasticWarp
+from .checkpoints import State, checkpoints, keep, newest
 from .config import TrainConfig, read_toml
-from .data import Example, Labelled, class_balance, read_labelled, split, target_of
+from .data import Example, Labelled, class_balance, read_labelled, split
 from .errors import BadInput
 from .figures import draw_curves
 from .files import replacing, writable_folder
@@ -35,7 +36,8 @@ from .loss import BorderWeightedCrossEntropy
 from .model import FastUNet
 from .normalisation import Normalisation
 from .progress import Progress
-from .storage import MODEL, load, pick_device, read_tensors, save, write_tensors
+from .sampling import Sampler
+from .storage import MODEL, load, pick_device, save
 from .tiling import plan_tiles
 from .validation import Validation
 
@@ -85,7 +87,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     Raises:
         BadInput: data or settings that cannot be trained on; a run in the way; the loss is no number any more.
     """
-    state = _newest(config.out) if resume else None
+    state = newest(config.out) if resume else None
     if state is not None:
         config = _continued(config, state.about["config"])
     else:
@@ -108,7 +110,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         share = f"another validation share than {config.validation:g}"
         raise BadInput(f"{block} has no cell to be judged by; use {share}, or 0 for none")
     tile = config.tile or _tile_for(learn, config)
-    sampler = _Sampler(learn, config, tile)
+    sampler = Sampler(learn, config, tile)
     steps = config.steps or (config.epochs * sampler.per_epoch if config.epochs else 10_000)
     # absolute, so that a run can be continued from anywhere
     places = {"images": config.images.absolute(), "labels": config.labels.absolute()}
@@ -193,42 +195,6 @@ def _tile_for(examples: Sequence[Example], config: TrainConfig) -> int:
     return max(sides)
 
 
-class _Sampler:
-    """Which tile comes when: depends on (seed, step) alone, so that a resumed run sees what it would have seen."""
-
-    def __init__(self, examples: Sequence[Example], config: TrainConfig, tile: int) -> None:
-        self.examples, self.config, self.tile = examples, config, tile
-        self.tile_out = geometry.output_size(tile, config.depth)
-        self.warp = ElasticWarp(
-            config.grid,
-            config.elastic,
-            rotate=config.rotate,
-            mirror=config.mirror,
-            grey=config.grey,
-            zoom=config.zoom,
-            noise=config.noise,
-        )
-        # a large image comes as often as it has tiles
-        self.order = [
-            i for i, e in enumerate(examples) for _ in range(max(1, round(e.instances.numel() / self.tile_out**2)))
-        ]
-        self.per_epoch = -(-len(self.order) // config.batch)
-
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(image [N, C, H, W], instances [N, H, W], target [N, H, W]) of a step."""
-        tiles = [self._tile(step * self.config.batch + i) for i in range(self.config.batch)]
-        image, instances, target = (torch.stack(parts) for parts in zip(*tiles, strict=True))
-        return image, instances, target
-
-    def _tile(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        epoch, index = divmod(count, len(self.order))
-        shuffled = torch.randperm(len(self.order), generator=ElasticWarp.generator(self.config.seed, epoch, -1))
-        example = self.examples[self.order[int(shuffled[index])]]
-        generator = ElasticWarp.generator(self.config.seed, epoch, index)
-        image, instances = self.warp.draw_tile(example.image, example.instances, self.tile, self.tile_out, generator)
-        return image, instances, target_of(instances[None], example.class_of)[0]
-
-
 class _Run:
     """One run: the loop and what it writes."""
 
@@ -236,7 +202,7 @@ class _Run:
         self,
         config: TrainConfig,
         model: FastUNet,
-        sampler: _Sampler,
+        sampler: Sampler,
         held_out: Sequence[Example],
         weights: Sequence[float],
         data: Labelled,
@@ -304,7 +270,6 @@ class _Run:
 
     def keep_state(self) -> None:
         """Write a checkpoint and drop all but the last two."""
-        folder = self.config.out / "checkpoints"
         names = {id(p): name for name, p in self.model.named_parameters()}
         momentum = {
             f"momentum.{names[id(p)]}": state["momentum_buffer"]
@@ -322,11 +287,9 @@ class _Run:
             "log": self.log,
             "losses": [float(loss) for loss in self.losses],
         }
-        write_tensors(folder / f"{self.step:08d}.safetensors", tensors, about)
-        for old in sorted(folder.glob("*.safetensors"))[:-2]:
-            old.unlink()
+        keep(self.config.out, self.step, tensors, about)
 
-    def restore(self, state: "_State") -> None:
+    def restore(self, state: State) -> None:
         self.model.load_state_dict({k[4:]: v for k, v in state.tensors.items() if k.startswith("net.")})
         for name, p in self.model.named_parameters():
             kept = state.tensors.get(f"momentum.{name}")
@@ -396,7 +359,7 @@ class _Run:
         if check and math.isfinite(loss) and not all(p.isfinite().all() for p in self.model.parameters()):
             loss = math.nan
         if not math.isfinite(loss):
-            kept = f" ({self.config.out} keeps the last good state)" if _checkpoints(self.config.out) else ""
+            kept = f" ({self.config.out} keeps the last good state)" if checkpoints(self.config.out) else ""
             needed = f"a smaller lr than {self.config.lr:g} is needed"
             raise BadInput(f"the loss became {loss} at step {self.step}; {needed}{kept}")
         row: dict[str, Any] = dict.fromkeys(LOG_COLUMNS, "")
@@ -445,31 +408,8 @@ def _rate(step: int, warm: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm))))
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
-    tensors: dict[str, Tensor]
-    about: dict[str, Any]
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    return sorted((out / "checkpoints").glob("[0-9]*.safetensors"))
-
-
-def _newest(out: Path) -> _State:
-    """The newest checkpoint that is whole."""
-    found = _checkpoints(out)
-    if not found:
-        raise BadInput(f"{out} has no checkpoint to resume from; begin again, without resume, in an empty folder")
-    for path in reversed(found):
-        try:
-            return _State(*read_tensors(path))
-        except BadInput as error:
-            print(f"{error}; taking the one before", file=sys.stderr)  # noqa: T201
-    raise BadInput(f"{out} has no checkpoint that is whole")
-
-
 def _refuse_other_run(out: Path) -> None:
-    if _checkpoints(out) or (out / MODEL).exists():
+    if checkpoints(out) or (out / MODEL).exists():
         raise BadInput(f"{out} holds a run already; --resume continues it, or choose another --out")
 
 

@@ -24,6 +24,7 @@ from unet_fast.data import read_labelled, split
 from unet_fast.errors import BadInput
 from unet_fast.files import write_tiff
 from unet_fast.normalisation import Normalisation
+from unet_fast.sampling import Sampler
 from unet_fast.storage import MODEL, read_tensors
 from unet_fast.validation import Validation
 
@@ -475,10 +476,10 @@ def test_the_trained_model_has_the_normalisation_of_training(drawn: Path, tmp_pa
 # ---- the sampler, and a step
 
 
-def sampler(drawn: Path, **more: Any) -> training._Sampler:
+def sampler(drawn: Path, **more: Any) -> Sampler:
     examples = read_labelled(drawn / "images", drawn / "labels", kind="instance").examples
     settings = config(drawn, Path("run"), **more)
-    return training._Sampler(examples, settings, settings.tile or 80)
+    return Sampler(examples, settings, settings.tile or 80)
 
 
 def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
