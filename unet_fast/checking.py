@@ -203,5 +203,8 @@ def _judge_labels(
             class_balance(examples)
     else:
         found.problems.append(f"{labels} has no cell in any of {len(planes)} label images; there is nothing to learn")
+    last = planes[-max(1, round(0.1 * len(planes))) :]
+    if sizes and len(planes) > 1 and not any((plane > 0).any() for plane in last):
+        found.remarks.append("the last tenth, the usual validation block, has no cell: train with another --validation")
     if empty and sizes:
         found.remarks.append(f"{empty} of {len(planes)} slices have no cell")

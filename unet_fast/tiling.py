@@ -41,6 +41,7 @@ class TilePlan:
     grid: tuple[int, int]
     halo: int
     overhead: float
+    # filled in by a memory planner, once there is one
     predicted_bytes: int | None = None
 
     def __len__(self) -> int:
@@ -133,7 +134,8 @@ class _Cutter:
         needed = kept + 2 * self.halo + self.spoiled
         if self.same:
             return -(-needed // self.step) * self.step
-        return geometry.legal_sizes(needed, needed + 2 * self.step + 12 * self.step, self.depth)[0]
+        # legal sizes lie one step apart, from the first that leaves a pixel on
+        return geometry.legal_sizes(needed, needed + self.step, self.depth)[0]
 
     def cut(self, n: int, tile: int | None) -> _Cut:
         if tile is None:

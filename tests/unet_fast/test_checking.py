@@ -110,7 +110,12 @@ def test_good_data_are_described(tmp_path: Path) -> None:
     assert found.problems == []
     assert (found.pairs, found.slices, found.understood_as) == (3, 4, "instance")
     assert found.shapes == {"2 slices of 32 x 32 uint16": 1, "32 x 32 uint8": 1, "32 x 32 float64": 1}
-    assert found.remarks == ["c.tif has one grey value everywhere, 7.0", "1 of 4 slices have no cell"]
+    # that one is the last tenth of four
+    assert found.remarks == [
+        "c.tif has one grey value everywhere, 7.0",
+        "the last tenth, the usual validation block, has no cell: train with another --validation",
+        "1 of 4 slices have no cell",
+    ]
     assert {k: found.labels[k] for k in ("cells", "smallest", "median", "largest")} == {
         "cells": 48,
         "smallest": 16,
