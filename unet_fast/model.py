@@ -150,8 +150,8 @@ class FastUNet(nn.Module):
         out_channels: classes.
         features: channels of each level, from full resolution to the bottom; depth is one less than their number.
         padding: "valid" (the paper), or "same": zero-padded convolutions, the output has the input's size, any size of
-            at least 2^depth pixels, for training scripts whose criterion expects it. "same" runs on ATen, and tiles of
-            it do not join without seams.
+            at least 2^depth pixels, for training scripts whose criterion expects it. "same" runs on ATen, and its
+            tiles join without seams only where what a padded zero touched is cut off, as `unet_fast.predict` does.
         up_mode: "deconv" (the authors' release) or "resize" (the paper's wording), see `unet_kernels.up_conv`.
         up_activation: a ReLU after each up-convolution, as in the release.
         last_up_channels: channels of the up-convolution to full resolution; None for features[0]. The release has 128.
