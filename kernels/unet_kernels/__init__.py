@@ -9,25 +9,33 @@ from ._lanes import OPS, lane
 from ._native import NativeLibraryMissing
 from ._native import describe as native_libraries
 from .border_weight import border_weight, cut_gap, two_nearest_cells
+from .connected_components import connected_components
 from .conv3x3_relu import conv3x3_relu, conv3x3_relu_cat
 from .crop_concat import crop_concat
 from .elastic_warp import elastic_warp
+from .homotopic_warp import ERROR_KINDS, homotopic_warp
+from .rand_sums import rand_sums, watershed_cells
 from .up_conv import up_conv
 from .weighted_cross_entropy import head_cross_entropy, weighted_cross_entropy
 
 __all__ = [
+    "ERROR_KINDS",
     "OPS",
     "NativeLibraryMissing",
     "border_weight",
+    "connected_components",
     "conv3x3_relu",
     "conv3x3_relu_cat",
     "crop_concat",
     "cut_gap",
     "elastic_warp",
     "head_cross_entropy",
+    "homotopic_warp",
     "lane",
     "native_libraries",
+    "rand_sums",
     "two_nearest_cells",
     "up_conv",
+    "watershed_cells",
     "weighted_cross_entropy",
 ]

@@ -25,7 +25,9 @@ __all__ = [
     "expect_float",
     "expect_integer",
     "expect_like",
+    "expect_mask",
     "expect_number",
+    "expect_on_cpu",
     "expect_size",
     "expect_tensor",
     "expect_whole",
@@ -64,6 +66,18 @@ def expect_float(name: str, value: Any, axes: str) -> None:
 
 def expect_integer(name: str, value: Any, axes: str) -> None:
     expect_tensor(name, value, axes, INTEGERS, "an integer tensor")
+
+
+def expect_mask(name: str, value: Any) -> None:
+    """`value` is a stack of slices [N, H, W], boolean or integer, of a size whose places fit 32 bits."""
+    expect_tensor(name, value, "N, H, W", (torch.bool, *INTEGERS), "boolean or an integer tensor")
+    if value.shape[1] * value.shape[2] >= 2**31:
+        raise ValueError(f"{name} must have less than 2^31 pixels a slice, got {list(value.shape)}")
+
+
+def expect_on_cpu(name: str, value: Tensor) -> None:
+    if value.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU, got {value.device}; .cpu() brings it there")
 
 
 def expect_size(name: str, value: Tensor, sizes: Sequence[int], reason: str) -> None:

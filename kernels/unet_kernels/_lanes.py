@@ -19,14 +19,17 @@ OPS = (
     "cut_gap",
     "border_weight",
     "elastic_warp",
+    "connected_components",
 )
 
 # the ops that have a kernel of ours, each with the question its CUDA implementation asks before it takes that kernel
 _KERNELS: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {"crop_concat": _triton.why_not}
+_CUDA: dict[str, Callable[[torch.device], str]] = {"connected_components": _native.why_not_cuda}
 # likewise on a CPU
 _NATIVE: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {
     "two_nearest_cells": _native.why_not,
     "border_weight": _native.why_not,
+    "connected_components": _native.why_not,
 }
 
 
@@ -44,6 +47,9 @@ def lane(op: str, device: torch.device | str, dtype: torch.dtype | None = None) 
         return ("torch", refusal) if refusal else ("native", "our C++ kernel")
     if device.type != "cuda":
         return "torch", f"ATen, the reference; {device.type} has no kernel of ours yet"
+    if op in _CUDA:
+        refusal = _CUDA[op](device)
+        return ("torch", refusal) if refusal else ("native", "our CUDA kernel")
     if op not in _KERNELS:
         return "torch", "ATen, the reference; no kernel of ours yet"
     refusal = _KERNELS[op](device, dtype)

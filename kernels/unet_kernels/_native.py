@@ -3,15 +3,16 @@
 import ctypes
 import os
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
 
-__all__ = ["ABI_VERSION", "NativeLibraryMissing", "cuda", "describe", "native", "why_not"]
+__all__ = ["ABI_VERSION", "NativeLibraryMissing", "cuda", "describe", "missing", "native", "why_not", "why_not_cuda"]
 
 # UNET_ABI_VERSION of kernels/native/include/unet_native.h
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
 
@@ -31,6 +32,11 @@ def native() -> ctypes.CDLL:
     library.unet_build_info.restype = ctypes.c_char_p
     sizes, pointers = (ctypes.c_int64,) * 3, (ctypes.c_void_p,) * 2
     library.unet_two_nearest_cells_cpu.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_double, *pointers)
+    images, thresholds = (ctypes.c_void_p, ctypes.c_void_p, *sizes), (ctypes.c_void_p, ctypes.c_int64)
+    library.unet_connected_components_cpu.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_int32, ctypes.c_void_p)
+    library.unet_watershed_cells_cpu.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_void_p)
+    library.unet_homotopic_warp_cpu.argtypes = (ctypes.c_void_p, *images, *thresholds, ctypes.c_int64, *pointers)
+    library.unet_rand_sums_cpu.argtypes = (*images, *thresholds, ctypes.c_int32, *pointers)
     return library
 
 
@@ -47,6 +53,27 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str:
 
 
 @cache
+def why_not_cuda(device: torch.device) -> str:
+    """Why the CUDA library cannot serve a device, in a few words; empty where it can."""
+    if device.type != "cuda":
+        return f"the CUDA library is for GPUs, not {device.type}"
+    try:
+        cuda()
+    except NativeLibraryMissing as missing:
+        return f"the native library is missing: {missing}"
+    return ""
+
+
+@cache
+def missing(what: str) -> bool:
+    """Whether `what` must be computed by its specification for want of the C++ library; says so once."""
+    reason = why_not(torch.device("cpu"))
+    if reason:
+        warnings.warn(f"{what} runs in plain Python, which is slow: {reason}", RuntimeWarning, stacklevel=4)
+    return bool(reason)
+
+
+@cache
 def cuda() -> ctypes.CDLL:
     """libunet_native_cuda.
 
@@ -56,6 +83,8 @@ def cuda() -> ctypes.CDLL:
     library = _load("unet_native_cuda", "unet_cuda_abi_version")
     library.unet_cuda_build_info.restype = ctypes.c_char_p
     library.unet_cuda_error_text.restype = ctypes.c_char_p
+    stack = (ctypes.c_void_p, *(ctypes.c_int64,) * 3)
+    library.unet_connected_components_cuda.argtypes = (*stack, ctypes.c_int32, *(ctypes.c_void_p,) * 2)
     return library
 
 

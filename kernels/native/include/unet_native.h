@@ -12,11 +12,20 @@
 #endif
 
 // Raised by one with every change to a signature; Python refuses a library with another number.
-#define UNET_ABI_VERSION 2
+#define UNET_ABI_VERSION 3
 
 // what a function returns
 #define UNET_OK 0
 #define UNET_OUT_OF_MEMORY 1
+
+// what a mismatch that no warping removes is; 0 is none
+#define UNET_SPLIT 1
+#define UNET_MERGE 2
+#define UNET_HOLE_ADDITION 3
+#define UNET_HOLE_DELETION 4
+#define UNET_OBJECT_ADDITION 5
+#define UNET_OBJECT_DELETION 6
+#define UNET_KINDS 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -33,12 +42,36 @@ UNET_API int32_t unet_thread_count(void);
 UNET_API int32_t unet_two_nearest_cells_cpu(const int32_t *instances, int64_t count, int64_t height, int64_t width,
                                             double max_radius, float *d1, float *d2);
 
+// Stacks of slices, [count, height, width], contiguous, height * width below 2^31; masks are bytes of 0 and 1. OpenMP
+// shares slices, and thresholds where there are some, among its threads.
+
+// Components of each slice's mask, numbered from 1 in the order of their first pixels; connectivity 4 or 8.
+UNET_API int32_t unet_connected_components_cpu(const uint8_t *mask, int64_t count, int64_t height, int64_t width,
+                                               int32_t connectivity, int32_t *ids);
+// Warps each slice of truth towards prediction > threshold, within the counted pixels, and says what remains:
+// counts [threshold_count, count, UNET_KINDS], and, unless it is NULL, kinds [threshold_count, count, height, width].
+UNET_API int32_t unet_homotopic_warp_cpu(const float *prediction, const uint8_t *truth, const uint8_t *counted,
+                                         int64_t count, int64_t height, int64_t width, const double *thresholds,
+                                         int64_t threshold_count, int64_t radius, int64_t *counts, uint8_t *kinds);
+// The components of each slice's mask, 4-connected, grown over the rest until they meet at dams of one pixel (0).
+UNET_API int32_t unet_watershed_cells_cpu(const uint8_t *mask, int64_t count, int64_t height, int64_t width,
+                                          int32_t *basins);
+// Overlap of the truth's cells (ids from 1; negative is ignored) with the segments of prediction > threshold, of each
+// threshold and slice: squares [.., 4] pixels, sums of squares of truth, segments, both; logs [.., 3] sums of n log n.
+UNET_API int32_t unet_rand_sums_cpu(const float *prediction, const int32_t *truth, int64_t count, int64_t height,
+                                    int64_t width, const double *thresholds, int64_t threshold_count, int32_t thinned,
+                                    int64_t *squares, double *logs);
+
 // libunet_native_cuda
 UNET_API int32_t unet_cuda_abi_version(void);
 UNET_API const char *unet_cuda_build_info(void);
 // writes the number of devices; returns a cudaError_t, 0 for success
 UNET_API int32_t unet_cuda_device_count(int32_t *count);
 UNET_API const char *unet_cuda_error_text(int32_t status);
+// As unet_connected_components_cpu, on the device and the stream of these pointers, but every pixel gets the place in its
+// slice of its component's first pixel, -1 outside; returns a cudaError_t of the launches.
+UNET_API int32_t unet_connected_components_cuda(const uint8_t *mask, int64_t count, int64_t height, int64_t width,
+                                                int32_t connectivity, int32_t *roots, void *stream);
 
 #ifdef __cplusplus
 }

@@ -1,6 +1,7 @@
 // Exact distances to the two nearest distinct cells of a label image. Separable: each column keeps, for every row, its
 // two nearest distinct ids (that two are enough is proven in docs/mathematics.md, section 5); then each pixel looks
 // along its row, outward, until no column further out can improve it.
+#include "threads.h"
 #include "unet_native.h"
 
 #include <cmath>
@@ -9,20 +10,7 @@
 #include <new>
 #include <vector>
 
-#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
-#include <unistd.h>
-#endif
-
 namespace {
-
-// A fork copies no threads, and OpenMP would wait for those that its child has lost: whoever was forked after this
-// library was loaded works alone.
-#if defined(_OPENMP) && (defined(__unix__) || defined(__APPLE__))
-const pid_t kLoadedBy = getpid();
-bool may_share_work() { return getpid() == kLoadedBy; }
-#else
-[[maybe_unused]] bool may_share_work() { return true; }
-#endif
 
 // an id of 0 is no cell and lies this far away; twice it does not overflow
 constexpr int64_t kFar = int64_t{1} << 60;
@@ -77,7 +65,7 @@ void one_image(const int32_t *ids, int64_t height, int64_t width, double reach, 
   const int64_t furthest = reach < static_cast<double>(width) * static_cast<double>(width)
                                ? static_cast<int64_t>(std::floor(std::sqrt(reach)))
                                : width;
-#pragma omp parallel if (may_share_work())
+#pragma omp parallel if (unet::may_share_work())
   {
     // blocks of columns, so that rows are read in runs and no two threads share a column
 #pragma omp for schedule(static)
