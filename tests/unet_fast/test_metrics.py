@@ -463,9 +463,7 @@ def test_nan_and_what_is_no_number_are_refused(measure) -> None:
     here, spoilt = np.ones((2, 2), int), np.array([[1, np.nan], [0, 1]])
     with pytest.raises(ValueError, match=r"^prediction must not be NaN, got 1 of 4 pixels that are$"):
         measure(spoilt, here)
-    with pytest.raises(
-        TypeError, match=r"^truth must hold whole numbers, got float64; \(truth > 0\) makes a mask of it$"
-    ):
+    with pytest.raises(TypeError, match=r"^truth must hold whole numbers, got float64; \(truth > 0\) makes"):
         measure(here, spoilt)
     with pytest.raises(TypeError, match=r"^prediction must be boolean, integer or float, got complex128$"):
         measure(here + 0j, here)
