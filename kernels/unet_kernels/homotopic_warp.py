@@ -82,10 +82,10 @@ def homotopic_warp(
         TypeError: an argument has the wrong type.
         ValueError: shapes differ, or an argument is out of range.
 
-    >>> cells = torch.tensor([[[1, 1, 0, 1, 1]]])
-    >>> counts, _ = homotopic_warp(torch.ones(1, 1, 5), cells, [0.5])  # a gap that is closed is a merge
+    >>> cells = torch.tensor([[[1, 1, 0, 1, 1]] * 3])
+    >>> counts, _ = homotopic_warp(torch.ones(1, 3, 5), cells, [0.5])  # a gap that is closed is a merge
     >>> dict(zip(ERROR_KINDS, counts[0, 0].tolist()))["merge"]
-    1
+    3
     """
     _checks.expect_float("prediction", prediction, "D, H, W")
     _checks.expect_mask("truth", truth)

@@ -86,14 +86,14 @@ def warping_error(
         ValueError: shapes differ, are no [H, W] or [D, H, W], or hold no pixel; a prediction is NaN or not in [0, 1];
             truth has no cell; radius is below 1.
 
-    >>> truth = [[1, 1, 0, 1, 1]]
-    >>> warping_error([[1, 1, 1, 1, 1]], truth)  # the gap is closed: one pixel of five joins two cells
+    >>> truth = [[1, 1, 0, 1, 1]] * 3
+    >>> warping_error([[1, 1, 1, 1, 1]] * 3, truth)  # the gap is closed: three pixels of fifteen join two cells
     0.2
-    >>> warping_error([[1, 0, 0, 1, 1]], truth)  # the gap is wider, but it is there
+    >>> warping_error([[1, 0, 0, 1, 1]] * 3, truth)  # the gap is wider, but it is there
     0.0
-    >>> parts = warping_error([[1, 1, 1, 1, 1]], truth, parts=True)
-    >>> parts["merge"], parts["errors"]["merge"]
-    (1, [[0, 0, 2]])
+    >>> parts = warping_error([[1, 1, 1, 1, 1]] * 3, truth, parts=True)
+    >>> parts["merge"], parts["merge_places"], parts["errors"]["merge"]
+    (3, 1, [[0, 0, 2], [0, 1, 2], [0, 2, 2]])
     """
     p, t = _given(prediction, truth)
     counted = t >= 0

@@ -81,8 +81,8 @@ def adapted_rand_error(prediction: ArrayLike, truth: ArrayLike, *, parts: bool =
         precision = sum n_ij' / sum s_j',   recall = sum n_ij' / sum t_i',   F = 2 sum n_ij' / (sum t_i' + sum s_j').
 
     Of a stack, the mean over its slices with a cell. 0 is perfect. Not the challenge's number (`rand_error`): what is
-    predicted as background is one ordinary segment here, so a border that is drawn too wide costs far more. What we call precision scikit-image calls recall, and the
-    reverse.
+    predicted as background is one ordinary segment here, so a border that is drawn too wide costs far more. What we
+    call precision scikit-image calls recall, and the reverse.
 
     Args:
         prediction: segment ids.
