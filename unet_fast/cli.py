@@ -276,15 +276,37 @@ def evaluate(
     label_kind: Kind = LabelKind.AUTO,
     ignore: Ignore = None,
     axes: Axes = None,
-    metrics: Annotated[str | None, typer.Option(help="Of iou, dice, pixel_error, cells; default: all.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Of iou, dice, pixel_error, warping_error, rand_error, v_rand, v_info, seg, adapted_rand_error, "
+            "cells, with commas between; or all. Default: what fits the truth."
+        ),
+    ] = None,
     as_json: AsJson = False,
+    csv: Annotated[Path | None, typer.Option(help="Write every number here, a row per image.")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Draw splits red and mergers blue: a .png of the worst, a .tif of all.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option("--images", "-i", help="What the figure is drawn on.")] = None,
 ) -> None:
     """Compare predictions with the truth: a row per image, and overall."""
     with _sentences():
-        from .evaluation import METRICS, evaluate
+        from .evaluation import evaluate
 
-        wanted = METRICS if metrics is None else tuple(metrics.replace(" ", "").split(","))
-        report = evaluate(pred, truth, kind=label_kind.value, ignore=ignore, axes=axes, wanted=wanted)
+        wanted = None if metrics is None else tuple(metrics.replace(" ", "").split(","))
+        report = evaluate(
+            pred,
+            truth,
+            kind=label_kind.value,
+            ignore=ignore,
+            axes=axes,
+            wanted=wanted,
+            figure=figure,
+            images=images,
+        )
+        if csv is not None:
+            report.write_csv(csv)
         for names, what in (
             (report.without_prediction, "truth without a prediction"),
             (report.without_truth, "predictions without truth"),

@@ -18,9 +18,10 @@ from .augment import ElasticWarp
 from .config import TrainConfig
 from .data import read_labelled
 from .errors import BadInput
-from .evaluation import Report, evaluate, table
+from .evaluation import evaluate
 from .files import read_stack, replacing, writable_folder, write_tiff
 from .prediction import predict_files
+from .scores import Report, table
 from .storage import load
 from .tiling import plan_tiles, seam_check
 from .training import train

@@ -1,74 +1,45 @@
-"""Predictions on disk against the truth on disk: a table per image and overall."""
+"""Predictions on disk against the truth on disk: scores of every image and overall, and where cells went wrong."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from . import metrics
+import unet_kernels
+
+from . import figures, metrics
 from .data import agreed, label_facts, label_values, read_labels, understand
 from .errors import BadInput
 from .files import list_images, read_stack
 from .pairs import Pairing, pair
+from .scores import Report
 
-__all__ = ["METRICS", "Report", "evaluate", "table"]
+__all__ = ["METRICS", "evaluate"]
 
-METRICS = ("iou", "dice", "pixel_error", "cells")
+Array = NDArray[Any]
 
-# a column of the table: its key in a row, its heading, its format
-_COLUMNS = (
-    ("iou", "IoU", ".3f"),
-    ("dice", "Dice", ".3f"),
-    ("pixel_error", "pixel error", ".4f"),
-    ("cell_iou", "cell IoU", ".3f"),
-    ("ap50", "AP 0.5", ".3f"),
-    ("ap", "AP .5-.9", ".3f"),
-    ("true_cells", "cells", "d"),
-    ("predicted_cells", "found", "d"),
-    ("touching_pairs", "touching", "d"),
-    ("merged_pairs", "merged", "d"),
-    ("split_cells", "split", "d"),
-)
+# what is counted of an image's pixels for each of the challenge's scores
+_CHALLENGE = {
+    "pixel_error": "areas",
+    "warping_error": "warping",
+    "rand_error": "segments",
+    "v_rand": "thinned",
+    "v_info": "thinned",
+}
+_OF_CELLS = ("seg", "adapted_rand_error", "cells")
+METRICS = ("iou", "dice", *_CHALLENGE, *_OF_CELLS)
 
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Scores of each image (a slice of a stack is one) and of all of them pooled."""
-
-    images: list[dict[str, Any]]
-    overall: dict[str, Any]
-    understood_as: str
-    without_prediction: list[str] = field(default_factory=list)
-    without_truth: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "overall": self.overall,
-            "images": self.images,
-            "labels_understood_as": self.understood_as,
-            "truth_without_prediction": self.without_prediction,
-            "prediction_without_truth": self.without_truth,
-        }
-
-    def table(self) -> str:
-        """Rows of text, one an image, `overall` last."""
-        lines = table([*self.images, self.overall]).splitlines()
-        rule = "-" * len(lines[0])
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A heading and a line for each row of scores; columns that no row has are left out."""
-    shown = [c for c in _COLUMNS if any(row.get(c[0]) is not None for row in rows)]
-    cells = [["", *(heading for _, heading, _ in shown)]]
-    cells += [[r["name"], *(format(r[k], f) if r.get(k) is not None else "-" for k, _, f in shown)] for r in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    )
+# what is shown unless something else is asked for, by what the truth holds
+_DEFAULT = {
+    "binary": ("iou", "dice", *_CHALLENGE, "cells"),
+    "instance": ("iou", "dice", "pixel_error", "seg", "cells"),
+    "class": ("iou", "dice", "pixel_error"),
+}
 
 
 def evaluate(
@@ -78,7 +49,9 @@ def evaluate(
     kind: str = "auto",
     ignore: int | None = None,
     axes: str | None = None,
-    wanted: Sequence[str] = METRICS,
+    wanted: Sequence[str] | None = None,
+    figure: Path | None = None,
+    images: Path | None = None,
 ) -> Report:
     """Score predictions against labels.
 
@@ -90,18 +63,30 @@ def evaluate(
         kind: what the truth's values are, as in `unet_fast.data.read_labelled`.
         ignore: a truth value whose pixels do not count.
         axes: of the truth's files, where they do not say.
-        wanted: of `METRICS`.
+        wanted: of `METRICS`, or "all" that the truth allows; None: the area's scores and those of cells, and for a mask
+            all of the EM challenge's. Warping, Rand and information scores know no touching cells: where the truth (or
+            the prediction) has cell ids, a border is cut between those that touch first, as it is for training
+            (`unet_kernels.cut_gap`).
+        figure: where to draw splits (red) and mergers (blue) at the threshold of the overall warping error: a TIFF of
+            every image, or a picture (PNG, PDF, SVG) of the six with the most.
+        images: what the predictions were made from, to draw on; None: the probability of cell.
 
     Returns:
-        iou, dice (of the cells' area, or the mean over classes), pixel_error (1 - the greatest F1 over thresholds),
-        and what `unet_fast.metrics.instance_scores` counts.
+        iou, dice (of the cells' area, or the mean over classes), the EM challenge's scores, each with the threshold it
+        chose, SEG, adapted Rand error, and what `unet_fast.metrics.instance_scores` counts. `overall` pools images, it
+        does not average their scores; but V_Rand, V_Info and adapted Rand error are means over slices by definition.
 
     Raises:
-        BadInput: nothing to compare, files that cannot be read, sizes that differ, truth that cannot be understood.
+        BadInput: nothing to compare, files that cannot be read, sizes that differ, truth that cannot be understood, or
+            a metric that its kind does not have.
     """
-    for name in wanted:
-        if name not in METRICS:
-            raise BadInput(f"metrics must be of {', '.join(METRICS)}, got {name!r}")
+    for name in wanted or ():
+        if name not in (*METRICS, "all"):
+            raise BadInput(f"metrics must be of {', '.join(METRICS)}, or all, got {name!r}")
+    if figure is not None and figure.suffix.lower() not in _FIGURES:
+        raise BadInput(f"figure must end in {', '.join(_FIGURES)}, got {figure.name}")
+    if figure is None and images is not None:
+        raise BadInput("images are for the figure to be drawn on; name a figure")
     pairing = _paired(prediction, truth)
     if not pairing.pairs:
         raise BadInput(f"{prediction} and {truth} have no name in common")
@@ -113,18 +98,44 @@ def evaluate(
     else:
         kind = agreed(kind, facts, truth)
     classes = max(2, facts["highest"] + 1) if kind == "class" else 2
-    counters = [
-        _Counts.of(name, planes, ids, kind, classes, wanted)
+    wanted = _applicable(wanted, kind, classes, figure is not None)
+    pictures = [
+        _Image.of(name, planes, ids, kind, classes)
         for (stack, _), values in zip(stacks, truths, strict=True)
         for name, planes, ids in zip(stack.names, stack.pixels, values, strict=True)
     ]
+    counters = [_Counts.of(picture, classes, wanted) for picture in pictures]
+    overall = _Counts.pooled(counters).row()
+    if figure is not None:
+        _draw(
+            figure, pictures, overall, None if images is None else _backgrounds(images, [t for _, t in pairing.pairs])
+        )
     return Report(
         [c.row() for c in counters],
-        _Counts.pooled(counters).row(),
+        overall,
         kind,
         [p.name for p in pairing.lone_labels],
         [p.name for p in pairing.lone_images],
     )
+
+
+def _applicable(wanted: Sequence[str] | None, kind: str, classes: int, drawn: bool) -> Sequence[str]:
+    """What is scored, in the order of METRICS; what the truth does not allow is refused by name."""
+    allowed = [
+        name
+        for name in METRICS
+        if not (name in _OF_CELLS and kind == "class") and not (name in _CHALLENGE and classes > 2)
+    ]
+    if wanted is None:
+        wanted = [name for name in _DEFAULT[kind] if name in allowed]
+    elif "all" in wanted:
+        wanted = allowed
+    for name in wanted:
+        if name not in allowed:
+            raise BadInput(f"{name} needs cells and background, the truth was understood as {classes} classes")
+    if drawn and "warping_error" not in allowed:
+        raise BadInput(f"a figure needs cells and background, the truth was understood as {classes} classes")
+    return [name for name in METRICS if name in wanted or (drawn and name == "warping_error")]
 
 
 def _paired(prediction: Path, truth: Path) -> Pairing:
@@ -139,58 +150,92 @@ def _looks_like_labels(path: Path) -> bool:
     return path.suffix.lower() == ".png"
 
 
+@dataclass(frozen=True)
+class _Image:
+    """A prediction and its truth, [H, W] each."""
+
+    name: str
+    target: Array  # class, or 1 for cell; -1 ignored
+    found: Array  # likewise, predicted
+    probability: Array  # of cell
+    true_cells: Array | None  # ids, -1 ignored; None where there are classes
+    found_cells: Array | None
+
+    @classmethod
+    def of(cls, name: str, planes: Array, ids: Array, kind: str, classes: int) -> "_Image":
+        probability, labels = _prediction(name, planes, kind, classes)
+        if kind == "class":
+            return cls(name, ids, labels, probability, None, None)
+        mask = np.where(ids < 0, -1, ids > 0)
+        cells = ids if kind == "instance" else metrics.components(mask)
+        return cls(name, mask, (labels > 0).astype(np.int64), probability, cells, _cells(labels))
+
+    def bordered(self) -> tuple[Array, Array]:
+        """Probability and truth as the EM challenge has them: with a border between cells that touch."""
+        if self.true_cells is None or self.found_cells is None:
+            return self.probability, self.target
+        lost = (_cut(self.found_cells) == 0) & (self.found_cells > 0)
+        return np.where(lost, 0, self.probability), np.where(self.target < 0, -1, _cut(self.true_cells) > 0)
+
+
+def _cut(cells: Array) -> Array:
+    return unet_kernels.cut_gap(torch.from_numpy(cells.astype(np.int64))[None])[0].numpy()
+
+
 @dataclass
 class _Counts:
     """What one image adds to the pool."""
 
     name: str
     wanted: Sequence[str]
-    hits: np.ndarray[Any, Any]
-    probability: np.ndarray[Any, Any] | None
-    cell: np.ndarray[Any, Any]
+    hits: Array
+    areas: metrics.ChallengeCounts | None
+    borders: metrics.ChallengeCounts | None
     cells: metrics.InstanceScores | None
+    jaccard: list[float]
+    adapted_rand: list[float]
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        planes: np.ndarray[Any, Any],
-        ids: np.ndarray[Any, Any],
-        kind: str,
-        classes: int,
-        wanted: Sequence[str],
-    ) -> "_Counts":
-        counted = ids >= 0
-        probability, labels = _prediction(name, planes, kind, classes)
-        target = ids if kind == "class" else (ids > 0).astype(np.int64)
-        found = labels if kind == "class" else labels > 0
+    def of(cls, image: _Image, classes: int, wanted: Sequence[str]) -> "_Counts":
+        counted = image.target >= 0
         hits = np.array(
             [
                 [
-                    int(((found == c) & (target == c) & counted).sum()),
-                    *(int((m[counted] == c).sum()) for m in (found, target)),
+                    int(((image.found == c) & (image.target == c) & counted).sum()),
+                    *(int((m[counted] == c).sum()) for m in (image.found, image.target)),
                 ]
                 for c in range(1, classes)
             ]
         )
-        cells = None
-        if "cells" in wanted and kind != "class":
-            true_cells = ids if kind == "instance" else np.where(counted, metrics.components(ids > 0), -1)
-            cells = metrics.instance_scores(_cells(labels), true_cells)
-        single = classes == 2
-        return cls(name, wanted, hits, probability[counted] if single else None, (target > 0)[counted], cells)
+        areas = _counted((image.probability, image.target), ["areas"]) if "pixel_error" in wanted else None
+        needed = {what for name, what in _CHALLENGE.items() if name in wanted} - {"areas"}
+        borders = _counted(image.bordered(), needed) if needed else None
+        cells, jaccard, adapted_rand = None, [], []
+        if image.true_cells is not None and image.found_cells is not None:
+            ids = (image.found_cells, image.true_cells)
+            if "cells" in wanted:
+                cells = metrics.instance_scores(*ids)
+            if (image.true_cells > 0).any():
+                if "seg" in wanted:
+                    jaccard = metrics.seg(*ids, parts=True)["jaccard"]
+                if "adapted_rand_error" in wanted:
+                    adapted_rand = [metrics.adapted_rand_error(*ids)]
+        return cls(image.name, wanted, hits, areas, borders, cells, jaccard, adapted_rand)
 
     @classmethod
     def pooled(cls, parts: Sequence["_Counts"]) -> "_Counts":
-        probabilities = [p.probability for p in parts if p.probability is not None]
-        cells = [p.cells for p in parts if p.cells is not None]
+        def all_of(name: str) -> list[Any]:
+            return [each for each in (getattr(part, name) for part in parts) if each is not None]
+
         return cls(
             "overall",
             parts[0].wanted,
             np.sum([p.hits for p in parts], axis=0),
-            np.concatenate(probabilities) if probabilities else None,
-            np.concatenate([p.cell for p in parts]),
-            sum(cells, metrics.InstanceScores()) if cells else None,
+            metrics.ChallengeCounts.pooled(all_of("areas")) if all_of("areas") else None,
+            metrics.ChallengeCounts.pooled(all_of("borders")) if all_of("borders") else None,
+            sum(all_of("cells"), metrics.InstanceScores()) if all_of("cells") else None,
+            [value for part in parts for value in part.jaccard],
+            [value for part in parts for value in part.adapted_rand],
         )
 
     def row(self) -> dict[str, Any]:
@@ -201,8 +246,14 @@ class _Counts:
             row["iou"] = _mean(both[present] / (found + true - both)[present])
         if "dice" in self.wanted:
             row["dice"] = _mean(2 * both[present] / (found + true)[present])
-        if "pixel_error" in self.wanted and self.probability is not None and self.cell.any():
-            row["pixel_error"] = metrics.pixel_error(self.probability[None], self.cell[None])
+        for name in _CHALLENGE:
+            counts = self.areas if name == "pixel_error" else self.borders
+            if name in self.wanted and counts is not None and counts.cell_pixels:
+                row |= _challenge_row(name, getattr(counts, name)())
+        if self.jaccard:
+            row["seg"] = math.fsum(self.jaccard) / len(self.jaccard)
+        if self.adapted_rand:
+            row["adapted_rand_error"] = math.fsum(self.adapted_rand) / len(self.adapted_rand)
         if self.cells is not None:
             row |= {
                 "cell_iou": self.cells.mean_iou,
@@ -211,17 +262,77 @@ class _Counts:
             }
             counted = ("true_cells", "predicted_cells", "touching_pairs", "merged_pairs", "split_cells")
             row |= {key: getattr(self.cells, key) for key in counted}
+            # detections at an IoU of 0.5 and above
+            tp = self.cells.matched[0]
+            row |= {"detected": tp, "missed": self.cells.true_cells - tp, "false": self.cells.predicted_cells - tp}
         return row
 
 
-def _mean(values: np.ndarray[Any, Any]) -> float:
+def _counted(pair: tuple[Array, Array], wanted: Collection[str]) -> metrics.ChallengeCounts:
+    probability, target = pair
+    truth = np.where(target < 0, -1, target > 0).astype(np.int8)
+    # what is predicted on ignored pixels counts as background
+    return metrics.ChallengeCounts.of(np.where(truth < 0, 0, probability).astype(np.float32)[None], truth[None], wanted)
+
+
+def _challenge_row(name: str, scores: dict[str, Any]) -> dict[str, Any]:
+    """name itself, and under its name the threshold chosen and the halves: mergers and splits."""
+    row = {name: scores.get("error", scores.get(name)), f"{name}_threshold": scores["threshold"]}
+    if name == "warping_error":
+        return row | {"split_pixels": scores["split"], "merge_pixels": scores["merge"]}
+    return row | {f"{name}_precision": scores["precision"], f"{name}_recall": scores["recall"]}
+
+
+_FIGURES = (".png", ".pdf", ".svg", ".tif", ".tiff")
+_MOST = 6
+
+
+def _draw(path: Path, pictures: Sequence[_Image], overall: dict[str, Any], backgrounds: list[Array] | None) -> None:
+    """Splits and mergers of every image, or, in a picture, of those with the most."""
+    threshold = overall.get("warping_error_threshold")
+    if threshold is None:
+        raise BadInput("figure needs a truth with cells, got none")
+    drawn = []
+    for i, picture in enumerate(pictures):
+        probability, target = picture.bordered()
+        kinds = metrics.warping_map(np.where(target < 0, 0, probability), target.astype(np.int8), threshold)
+        grey = picture.probability if backgrounds is None else backgrounds[i]
+        if grey.shape != kinds.shape:
+            raise BadInput(
+                f"the image of {picture.name} must be {_by(kinds.shape)} like its truth, got {_by(grey.shape)}"
+            )
+        places = metrics.error_places(kinds)
+        title = f"{picture.name}: {_several(places['split'], 'split')}, {_several(places['merge'], 'merger')}"
+        drawn.append((title, grey, kinds, sum(places.values())))
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        drawn = sorted(drawn, key=lambda each: -each[3])[:_MOST]
+    figures.draw_errors(path, [each[:3] for each in drawn], threshold)
+
+
+def _several(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _backgrounds(images: Path, truths: Sequence[Path]) -> list[Array]:
+    """The image of each slice of the truths, [H, W], channels averaged."""
+    folder = truths[0].parent if len(truths) > 1 else truths[0]
+    partner = {label: image for image, label in pair(images, folder).pairs}
+    missing = [t.name for t in truths if t not in partner]
+    if missing:
+        raise BadInput(f"{images} has no image for {missing[0]}")
+    return [plane.mean(axis=0) for t in truths for plane in read_stack(partner[t]).pixels]
+
+
+def _mean(values: Array) -> float:
     # nothing there and nothing found: nothing is wrong
     return float(values.mean()) if len(values) else 1.0
 
 
-def _prediction(
-    name: str, planes: np.ndarray[Any, Any], kind: str, classes: int
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _prediction(name: str, planes: Array, kind: str, classes: int) -> tuple[Array, Array]:
     """(probability of cell, labels) of one predicted image [C, H, W]."""
     if planes.dtype.kind == "f":
         if planes.min() < 0 or planes.max() > 1:
@@ -241,7 +352,7 @@ def _prediction(
     return (labels > 0).astype(np.float32), labels
 
 
-def _cells(labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _cells(labels: Array) -> Array:
     """Cell ids as they are; of a mask, its components."""
     positive = labels[labels > 0]
     is_mask = positive.size == 0 or bool((positive == positive[0]).all())

@@ -5,16 +5,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from scipy import ndimage
+
+from unet_kernels import ERROR_KINDS
 
 from .files import replacing
 
-__all__ = ["draw_curves", "draw_elastic", "draw_prediction", "draw_seams", "draw_weight", "outlined"]
+__all__ = ["draw_curves", "draw_elastic", "draw_errors", "draw_prediction", "draw_seams", "draw_weight", "outlined"]
 
 # told apart by colour-blind readers too
 TRUTH, FOUND = (0, 190, 220), (255, 140, 0)
+SPLIT, MERGED = (255, 40, 40), (60, 120, 255)
 _ZOOM = 3
 
 
@@ -77,9 +82,7 @@ def draw_weight(path: Path, image: NDArray[Any], instances: NDArray[Any], weight
 
 
 def _around_peak(weight: NDArray[Any], side: int) -> tuple[slice, slice]:
-    from scipy.ndimage import uniform_filter
-
-    peak = np.unravel_index(uniform_filter(weight.astype(float), side // 2).argmax(), weight.shape)
+    peak = np.unravel_index(ndimage.uniform_filter(weight.astype(float), side // 2).argmax(), weight.shape)
     starts = [int(np.clip(p - side // 2, 0, max(0, n - side))) for p, n in zip(peak, weight.shape, strict=True)]
     return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
 
@@ -120,6 +123,40 @@ def draw_seams(path: Path, image: NDArray[Any], difference: NDArray[Any], step: 
     axes[1].set_title("log10 of the difference / sd")
     figure.colorbar(shown, ax=axes[1], fraction=0.046, pad=0.03)
     _save(figure, path)
+
+
+def draw_errors(path: Path, errors: Sequence[tuple[str, NDArray[Any], NDArray[np.uint8]]], threshold: float) -> None:
+    """Where cells are split (red) and merged (blue): (title, image [H, W], kinds [H, W] of `metrics.warping_map`) each.
+
+    `threshold` is what the prediction was cut at. A path that ends in .tif gets a page an image, pixel for pixel; any other a sheet on which marks are thickened.
+    """
+    if path.suffix.lower() in (".tif", ".tiff"):
+        with replacing(path) as temporary, tifffile.TiffWriter(temporary) as file:
+            for title, image, kinds in errors:
+                file.write(_marked(image, kinds, 0), photometric="rgb", description=title, metadata=None)
+        return
+    columns = min(3, len(errors))
+    rows = -(-len(errors) // columns)
+    tallest = max(image.shape[0] / image.shape[1] for _, image, _ in errors)
+    figure = Figure(figsize=(4.6 * columns, (4.6 * min(tallest, 2) + 0.4) * rows + 0.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    figure.suptitle(f"prediction above {threshold:.1f}; red: a cell is split, blue: cells are merged")
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (title, image, kinds) in zip(axes, errors, strict=False):
+        axis.imshow(_marked(image, kinds, max(image.shape) // 200), interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+    _save(figure, path)
+
+
+def _marked(image: NDArray[Any], kinds: NDArray[np.uint8], reach: int) -> NDArray[np.uint8]:
+    picture = outlined(image, np.zeros(image.shape, np.int32), TRUTH, zoom=1)
+    for kind, colour in (("split", SPLIT), ("merge", MERGED)):
+        mark = kinds == ERROR_KINDS.index(kind)
+        if reach:
+            mark = ndimage.binary_dilation(mark, np.ones((3, 3)), iterations=reach)
+        picture[mark] = colour
+    return picture
 
 
 def draw_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, float | None]]]) -> None:

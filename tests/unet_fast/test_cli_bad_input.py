@@ -222,7 +222,7 @@ def test_data_that_cannot_be_used_are_refused(name: str, verb: str, place: Path)
         ("predict", "-i images/a.tif --out missing/folder.tif/file/a.tif --tile 41", "cannot be pooled"),
         ("predict", "-m images", "images/model.safetensors does not exist"),
         ("predict", "-m images/a.tif", "a.tif is damaged or no safetensors file"),
-        ("evaluate", "--metrics iou,accuracy", "metrics must be of iou, dice, pixel_error, cells, got 'accuracy'"),
+        ("evaluate", "--metrics iou,accuracy", "adapted_rand_error, cells, or all, got 'accuracy'"),
         ("evaluate", "-p results/a.tif", "must be two files or two folders"),
         ("check-data", "-i images/a.tif", "must be two files or two folders"),
     ],

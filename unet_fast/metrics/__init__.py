@@ -17,14 +17,25 @@ instances are compared it holds ids, 0 = background. Values are counted in whole
 """
 
 from .areas import dice, iou
-from .challenge import pixel_error, rand_error, v_info, v_rand, warping_error
+from .challenge import (
+    ChallengeCounts,
+    error_places,
+    pixel_error,
+    rand_error,
+    v_info,
+    v_rand,
+    warping_error,
+    warping_map,
+)
 from .instances import InstanceScores, adapted_rand_error, components, instance_scores, seg
 
 __all__ = [
+    "ChallengeCounts",
     "InstanceScores",
     "adapted_rand_error",
     "components",
     "dice",
+    "error_places",
     "instance_scores",
     "iou",
     "pixel_error",
@@ -33,4 +44,5 @@ __all__ = [
     "v_info",
     "v_rand",
     "warping_error",
+    "warping_map",
 ]

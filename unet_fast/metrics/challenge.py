@@ -7,6 +7,8 @@ sources: Jain et al., CVPR 2010; Arganda-Carreras et al., Frontiers in Neuroanat
 """
 
 import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -14,11 +16,23 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
-from unet_kernels import ERROR_KINDS, connected_components, homotopic_warp, rand_sums
+import unet_kernels
 
 from ._inputs import array, expect_cells, probabilities_and_truth, ratio, stack
 
-__all__ = ["pixel_error", "rand_error", "v_info", "v_rand", "warping_error"]
+__all__ = [
+    "ChallengeCounts",
+    "error_places",
+    "pixel_error",
+    "rand_error",
+    "v_info",
+    "v_rand",
+    "warping_error",
+    "warping_map",
+]
+
+_KINDS = unet_kernels.ERROR_KINDS
+_RATIOS = ("precision", "recall", "f_score")
 
 
 def _thresholds(last: float) -> list[float]:
@@ -31,10 +45,202 @@ def _thresholds(last: float) -> list[float]:
     return thresholds
 
 
+_TEN, _ELEVEN = _thresholds(0.9), _thresholds(1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class ChallengeCounts:
+    """What the challenge's scores are made of, so that images of any sizes can be pooled before they are scored.
+
+    Each score chooses one threshold for the whole pool. What was not asked for is None.
+
+    Attributes:
+        pixels: number of pixels that are not ignored.
+        cell_pixels: number of those that are cell.
+        areas: int64 [11 thresholds, 2], true and false positives.
+        warping: int64 [10 thresholds, 7], pixels of each of `unet_kernels.ERROR_KINDS`.
+        segments: (squares, logs) of `unet_kernels.rand_sums` at 11 thresholds.
+        thinned: likewise, of segments by watershed.
+    """
+
+    pixels: int
+    cell_pixels: int
+    areas: NDArray[np.int64] | None = None
+    warping: NDArray[np.int64] | None = None
+    segments: tuple[NDArray[np.int64], NDArray[np.float64]] | None = None
+    thinned: tuple[NDArray[np.int64], NDArray[np.float64]] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        prediction: NDArray[np.float32],
+        truth: NDArray[np.int8],
+        wanted: Collection[str] = ("areas", "warping", "segments", "thinned"),
+        *,
+        counted: NDArray[np.bool_] | None = None,
+        radius: int = 20,
+    ) -> "ChallengeCounts":
+        """Count a stack.
+
+        Args:
+            prediction: [D, H, W] float32, probability of cell.
+            truth: [D, H, W] int8, 1 cell, 0 background, -1 ignored.
+            wanted: which of the attributes to count.
+            counted: [D, H, W], the pixels that warping may flip and that may be errors; None: all that are not ignored.
+            radius: see `warping_error`.
+        """
+        kept = truth >= 0
+        areas = warping = None
+        if "areas" in wanted:
+            # [thresholds that the pixel lies above, is it cell], then from each threshold upward
+            bins = 2 * (len(_ELEVEN) + 1)
+            above = np.searchsorted(_ELEVEN, prediction[kept], side="left")
+            binned = np.bincount(2 * above + (truth[kept] > 0), minlength=bins).reshape(-1, 2)
+            areas = binned[::-1].cumsum(axis=0)[::-1][1:, ::-1].astype(np.int64)
+        if "warping" in wanted:
+            warping = _warped(prediction, truth, _TEN, kept if counted is None else counted, radius)[0]
+        sums: dict[str, Any] = {}
+        if "segments" in wanted or "thinned" in wanted:
+            cells = unet_kernels.connected_components(torch.from_numpy(truth))
+            for name in ("segments", "thinned"):
+                if name in wanted:
+                    found = unet_kernels.rand_sums(
+                        torch.from_numpy(prediction), cells, _ELEVEN, thinned=name == "thinned"
+                    )
+                    sums[name] = tuple(each.numpy() for each in found)
+        return cls(int(kept.sum()), int((truth > 0).sum()), areas, warping, **sums)
+
+    @classmethod
+    def pooled(cls, counts: Sequence["ChallengeCounts"]) -> "ChallengeCounts":
+        """All of them as one, in their order; they were asked for the same."""
+
+        def added(name: str) -> Any:
+            parts = [getattr(each, name) for each in counts]
+            return None if any(part is None for part in parts) else sum(parts[1:], start=parts[0])
+
+        def joined(name: str) -> Any:
+            parts = [getattr(each, name) for each in counts]
+            if any(part is None for part in parts):
+                return None
+            return tuple(np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
+
+        sums = {name: added(name) for name in ("pixels", "cell_pixels", "areas", "warping")}
+        return cls(**sums, segments=joined("segments"), thinned=joined("thinned"))
+
+    def pixel_error(self) -> dict[str, Any]:
+        """The parts of `pixel_error`."""
+        assert self.areas is not None
+        cells, rows = self.cell_pixels, []
+        for threshold, (tp, fp) in zip(_ELEVEN, self.areas.tolist(), strict=True):
+            ratios = (ratio(tp, tp + fp), ratio(tp, cells), 2 * tp / (tp + fp + cells) if tp else 0.0)
+            counts = {"threshold": threshold, "tp": tp, "fp": fp, "fn": cells - tp}
+            rows.append({**counts, **dict(zip(_RATIOS, ratios, strict=True))})
+        best = _best(rows)
+        return {"error": 1.0 - best["f_score"], **best, "thresholds": rows}
+
+    def warping_error(self) -> dict[str, Any]:
+        """The parts of `warping_error`, but for where the errors are."""
+        assert self.warping is not None
+        rows = []
+        for threshold, found in zip(_TEN, self.warping.tolist(), strict=True):
+            kinds = dict(zip(_KINDS[1:], found[1:], strict=True))
+            error, plain = (kinds["split"] + kinds["merge"]) / self.pixels, sum(found[1:]) / self.pixels
+            rows.append({"threshold": threshold, **kinds, "error": error, "plain_error": plain})
+        best = min(rows, key=lambda row: row["error"])  # the first of equals
+        return {**{name: best[name] for name in ("error", "threshold", "split", "merge")}, "thresholds": rows}
+
+    def rand_error(self) -> dict[str, Any]:
+        """The parts of `rand_error`."""
+        assert self.segments is not None
+        squares, logs = self.segments
+        rows = _rows((squares.sum(1, keepdims=True), logs.sum(1, keepdims=True)), _rand)
+        best = _best(rows)
+        return {"error": 1.0 - best["f_score"], **best, "thresholds": rows}
+
+    def v_rand(self, *, thinned: bool = True) -> dict[str, Any]:
+        """The parts of `v_rand`."""
+        rows = _rows(getattr(self, _segments(thinned)), _rand)
+        best = _best(rows)
+        return {"v_rand": best["f_score"], **best, "thresholds": rows}
+
+    def v_info(self, *, thinned: bool = True) -> dict[str, Any]:
+        """The parts of `v_info`."""
+        rows = _rows(getattr(self, _segments(thinned)), _information)
+        best = _best(rows)
+        return {"v_info": best["f_score"], **best, "thresholds": rows}
+
+
+def _segments(thinned: bool) -> str:
+    return "thinned" if thinned else "segments"
+
+
+def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    best = max(rows, key=lambda row: row["f_score"])  # the first of equals
+    return {name: best[name] for name in ("threshold", *_RATIOS)}
+
+
+def _rows(
+    sums: tuple[NDArray[np.int64], NDArray[np.float64]], measure: Callable[..., tuple[float, ...]]
+) -> list[dict[str, Any]]:
+    """The mean over slices with a true cell of what `measure` says of a slice's sums, at each threshold."""
+    squares, logs = (each[:, sums[0][0, :, 0] > 0].tolist() for each in sums)
+    rows = []
+    for threshold, whole, logarithms in zip(_ELEVEN, squares, logs, strict=True):
+        slices = [measure(*both) for both in zip(whole, logarithms, strict=True)]
+        means = [math.fsum(values) / len(slices) for values in zip(*slices, strict=True)]
+        rows.append({"threshold": threshold, **dict(zip(_RATIOS, means, strict=True))})
+    return rows
+
+
+def _rand(squares: list[int], _logs: list[float]) -> tuple[float, ...]:
+    _, of_truth, of_segments, of_both = squares
+    return of_both / of_segments, of_both / of_truth, 2 * of_both / (of_truth + of_segments)
+
+
+def _information(squares: list[int], logs: list[float]) -> tuple[float, ...]:
+    # entropies in units of log n, the most there can be: 1 - sum k log k / (n log n)
+    most = squares[0] * math.log(squares[0]) or 1.0
+    truth, segments, joint = (max(0.0, 1.0 - of / most) if squares[0] > 1 else 0.0 for of in logs)
+    shared = truth + segments - joint
+    return _share(shared, truth), _share(shared, segments), _share(2 * shared, truth + segments)
+
+
+def _share(part: float, whole: float) -> float:
+    # what rounding leaves of a difference counts as none
+    return 1.0 if whole < 1e-12 else min(1.0, max(0.0, part / whole))
+
+
 def _given(prediction: ArrayLike, truth: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.int8]]:
     p, t = probabilities_and_truth(prediction, truth)
     expect_cells(t)
     return p.astype(np.float32), t
+
+
+def _counted(labels: NDArray[np.int8], truth: ArrayLike, mask: ArrayLike | None) -> NDArray[np.bool_]:
+    if mask is None:
+        return labels >= 0
+    allowed = array("mask", mask)
+    if allowed.dtype.kind not in "biu":
+        raise TypeError(f"mask must be boolean or integer, got {allowed.dtype}; compare with a threshold first")
+    if allowed.shape != np.shape(truth):
+        raise ValueError(f"mask must have the shape of truth, {np.shape(truth)}, got {allowed.shape}")
+    return (labels >= 0) & (stack(allowed) > 0)
+
+
+def _warped(
+    prediction: NDArray[np.float32],
+    truth: NDArray[np.int8],
+    thresholds: Sequence[float],
+    counted: NDArray[np.bool_],
+    radius: int,
+    kinds: bool = False,
+) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Pixels of each kind at each threshold [T, 7], and, if asked for, the kind of each pixel [T, D, H, W]."""
+    images = (torch.from_numpy(prediction), torch.from_numpy(truth))
+    counts, drawn = unet_kernels.homotopic_warp(
+        *images, thresholds, counted=torch.from_numpy(counted), radius=radius, kinds=kinds
+    )
+    return counts.sum(1).numpy(), np.empty(0, np.uint8) if drawn is None else drawn.numpy()
 
 
 @overload
@@ -95,46 +301,44 @@ def warping_error(
     >>> parts["merge"], parts["merge_places"], parts["errors"]["merge"]
     (3, 1, [[0, 0, 2], [0, 1, 2], [0, 2, 2]])
     """
-    p, t = _given(prediction, truth)
-    counted = t >= 0
-    if mask is not None:
-        allowed = array("mask", mask)
-        if allowed.dtype.kind not in "biu":
-            raise TypeError(f"mask must be boolean or integer, got {allowed.dtype}; compare with a threshold first")
-        if stack(allowed).shape != t.shape:
-            raise ValueError(f"mask must have the shape of truth, {np.shape(truth)}, got {allowed.shape}")
-        counted &= stack(allowed) > 0
-    thresholds, pixels = _thresholds(0.9), int((t >= 0).sum())
-    images = (torch.from_numpy(p), torch.from_numpy(t))
-    which = torch.from_numpy(counted)
-    counts, _ = homotopic_warp(*images, thresholds, counted=which, radius=radius)
-    rows = []
-    for threshold, found in zip(thresholds, counts.sum(1).tolist(), strict=True):
-        kinds = dict(zip(ERROR_KINDS[1:], found[1:], strict=True))
-        wrong, error = sum(found[1:]), (kinds["split"] + kinds["merge"]) / pixels
-        rows.append({"threshold": threshold, **kinds, "error": error, "plain_error": wrong / pixels})
-    best = min(rows, key=lambda row: row["error"])  # the first of equals
+    given = _given(prediction, truth)
+    counted = _counted(given[1], truth, mask)
+    counts = ChallengeCounts.of(*given, ["warping"], counted=counted, radius=radius)
+    scores = counts.warping_error()
     if not parts:
-        return best["error"]
-    _, drawn = homotopic_warp(*images, [best["threshold"]], counted=which, radius=radius, kinds=True)
-    assert drawn is not None
-    kinds_of = drawn[0].numpy()
-    errors = {kind: np.argwhere(kinds_of == i) for i, kind in enumerate(ERROR_KINDS) if i}
-    return {
-        **{name: best[name] for name in ("error", "threshold", "split", "merge")},
-        "split_places": _places(kinds_of == ERROR_KINDS.index("split"), 1),
-        "merge_places": _places(kinds_of == ERROR_KINDS.index("merge"), 2),
-        "errors": {kind: where.tolist() for kind, where in errors.items()},
-        "pixels": pixels,
-        "thresholds": rows,
-    }
+        return scores["error"]
+    kinds = _warped(*given, [scores["threshold"]], counted, radius, kinds=True)[1][0]
+    errors = {kind: np.argwhere(kinds == i).tolist() for i, kind in enumerate(_KINDS) if i}
+    places = {f"{kind}_places": count for kind, count in error_places(kinds).items()}
+    return {**scores, **places, "errors": errors, "pixels": counts.pixels}
 
 
-def _places(wrong: NDArray[np.bool_], reach: int) -> int:
+def warping_map(
+    prediction: ArrayLike, truth: ArrayLike, threshold: float, *, mask: ArrayLike | None = None, radius: int = 20
+) -> NDArray[np.uint8]:
+    """What `warping_error` finds wrong where, at one threshold: uint8 of the shape of truth.
+
+    0 nothing, 1 split, 2 merge, 3 hole addition, 4 hole deletion, 5 object addition, 6 object deletion: indices into
+    `unet_kernels.ERROR_KINDS`. A truth without a cell is no error here. Arguments and errors else as for
+    `warping_error`.
+
+    >>> warping_map([[1, 1, 1, 1, 1]] * 3, [[1, 1, 0, 1, 1]] * 3, 0.5).tolist()[0]
+    [0, 0, 2, 0, 0]
+    """
+    p, t = probabilities_and_truth(prediction, truth)
+    kinds = _warped(p.astype(np.float32), t, [threshold], _counted(t, truth, mask), radius, kinds=True)[1]
+    return kinds[0].reshape(np.shape(truth))
+
+
+def error_places(kinds: NDArray[np.uint8]) -> dict[str, int]:
+    """How often cells are split and merged in a `warping_map`: connected groups of such pixels, slice by slice."""
+    count = {}
     # splits are pixels of cells, 4-connected; mergers of background, 8-connected; slices are apart
-    structure = np.zeros((3, 3, 3), bool)
-    structure[1] = ndimage.generate_binary_structure(2, reach)
-    return int(ndimage.label(wrong, structure)[1])
+    for kind, reach in (("split", 1), ("merge", 2)):
+        structure = np.zeros((3, 3, 3), bool)
+        structure[1] = ndimage.generate_binary_structure(2, reach)
+        count[kind] = int(ndimage.label(stack(kinds) == _KINDS.index(kind), structure)[1])
+    return count
 
 
 @overload
@@ -169,9 +373,39 @@ def rand_error(prediction: ArrayLike, truth: ArrayLike, *, parts: bool = False) 
     >>> rand_error([[0.9, 0.9, 0.2, 0.9, 0.9]], [[1, 1, 0, 1, 1]])
     0.0
     """
-    best, rows = _best(prediction, truth, _rand, thinned=False, pooled=True)
-    error = 1.0 - best["f_score"]
-    return {"error": error, **best, "thresholds": rows} if parts else error
+    scores = ChallengeCounts.of(*_given(prediction, truth), ["segments"]).rand_error()
+    return scores if parts else scores["error"]
+
+
+@overload
+def pixel_error(prediction: ArrayLike, truth: ArrayLike, *, parts: Literal[False] = False) -> float: ...
+@overload
+def pixel_error(prediction: ArrayLike, truth: ArrayLike, *, parts: Literal[True]) -> dict[str, Any]: ...
+def pixel_error(prediction: ArrayLike, truth: ArrayLike, *, parts: bool = False) -> float | dict[str, Any]:
+    """Pixel error of the ISBI 2012 challenge: 1 - max over t of F1(t), F1 = 2 TP / (2 TP + FP + FN).
+
+    Predicted cell: float32(prediction) > t for t = 0, 0.1 .. 1, added up in double. Cell is the positive class; TP, FP,
+    FN are sums over the whole stack. F1 is 0 where TP is 0. 0 is perfect.
+
+    Args:
+        prediction: probability of cell, in [0, 1].
+        truth: > 0 is cell, negative is ignored.
+        parts: return a dict instead: `error`; `threshold` (the lowest with the greatest F1) and `precision`, `recall`,
+            `f_score` there; `thresholds`, a list of dicts with `threshold`, `tp`, `fp`, `fn` and the same three ratios.
+
+    Raises:
+        TypeError: prediction is neither boolean, integer nor float; truth holds no whole numbers.
+        ValueError: shapes differ, are no [H, W] or [D, H, W], or hold no pixel; a prediction is NaN or not in [0, 1];
+            truth has no cell.
+
+    >>> truth = [[1, 1, 1, 0]]
+    >>> pixel_error([[0.9, 0.8, 0.3, 0.4]], truth)  # best at 0, 0.1, 0.2: TP 3, FP 1, FN 0
+    0.1428571428571429
+    >>> pixel_error([[0.9, 0.8, 0.3, 0.4]], truth, parts=True)["threshold"]
+    0.0
+    """
+    scores = ChallengeCounts.of(*_given(prediction, truth), ["areas"]).pixel_error()
+    return scores if parts else scores["error"]
 
 
 @overload
@@ -208,8 +442,8 @@ def v_rand(
     >>> v_rand([[0.9, 0.0, 0.0, 0.0, 0.9]], [[1, 1, 0, 1, 1]])  # a wide border is as good as a narrow one
     1.0
     """
-    best, rows = _best(prediction, truth, _rand, thinned=thinned, pooled=False)
-    return {"v_rand": best["f_score"], **best, "thresholds": rows} if parts else best["f_score"]
+    scores = ChallengeCounts.of(*_given(prediction, truth), [_segments(thinned)]).v_rand(thinned=thinned)
+    return scores if parts else scores["v_rand"]
 
 
 @overload
@@ -249,94 +483,5 @@ def v_info(
     >>> v_info([[0.9, 0.0, 0.0, 0.0, 0.9]], [[1, 1, 0, 1, 1]])
     1.0
     """
-    best, rows = _best(prediction, truth, _information, thinned=thinned, pooled=False)
-    return {"v_info": best["f_score"], **best, "thresholds": rows} if parts else best["f_score"]
-
-
-def _best(
-    prediction: ArrayLike, truth: ArrayLike, measure: Any, *, thinned: bool, pooled: bool
-) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """The scores at the best threshold, and at each."""
-    p, t = _given(prediction, truth)
-    thresholds = _thresholds(1.0)
-    cells = connected_components(torch.from_numpy(t))
-    squares, logs = rand_sums(torch.from_numpy(p), cells, thresholds, thinned=thinned)
-    with_cells = squares[0, :, 0] > 0
-    squares, logs = squares[:, with_cells], logs[:, with_cells]
-    if pooled:
-        squares, logs = squares.sum(1, keepdim=True), logs.sum(1, keepdim=True)
-    names = ("precision", "recall", "f_score")
-    rows = []
-    for threshold, whole, logarithms in zip(thresholds, squares.tolist(), logs.tolist(), strict=True):
-        slices = [measure(*sums) for sums in zip(whole, logarithms, strict=True)]
-        means = [math.fsum(values) / len(slices) for values in zip(*slices, strict=True)]
-        rows.append({"threshold": threshold, **dict(zip(names, means, strict=True))})
-    return max(rows, key=lambda row: row["f_score"]), rows
-
-
-def _rand(squares: list[int], _logs: list[float]) -> tuple[float, float, float]:
-    _, of_truth, of_segments, of_both = squares
-    return of_both / of_segments, of_both / of_truth, 2 * of_both / (of_truth + of_segments)
-
-
-def _information(squares: list[int], logs: list[float]) -> tuple[float, float, float]:
-    # entropies in units of log n, the most there can be: 1 - sum k log k / (n log n)
-    most = squares[0] * math.log(squares[0]) or 1.0
-    truth, segments, joint = (max(0.0, 1.0 - of / most) if squares[0] > 1 else 0.0 for of in logs)
-    shared = truth + segments - joint
-    return _share(shared, truth), _share(shared, segments), _share(2 * shared, truth + segments)
-
-
-def _share(part: float, whole: float) -> float:
-    # what rounding leaves of a difference counts as none
-    return 1.0 if whole < 1e-12 else min(1.0, max(0.0, part / whole))
-
-
-@overload
-def pixel_error(prediction: ArrayLike, truth: ArrayLike, *, parts: Literal[False] = False) -> float: ...
-@overload
-def pixel_error(prediction: ArrayLike, truth: ArrayLike, *, parts: Literal[True]) -> dict[str, Any]: ...
-def pixel_error(prediction: ArrayLike, truth: ArrayLike, *, parts: bool = False) -> float | dict[str, Any]:
-    """Pixel error of the ISBI 2012 challenge: 1 - max over t of F1(t), F1 = 2 TP / (2 TP + FP + FN).
-
-    Predicted cell: float32(prediction) > t for t = 0, 0.1 .. 1, added up in double. Cell is the positive class; TP, FP,
-    FN are sums over the whole stack. F1 is 0 where TP is 0. 0 is perfect.
-
-    Args:
-        prediction: probability of cell, in [0, 1].
-        truth: > 0 is cell, negative is ignored.
-        parts: return a dict instead: `error`; `threshold` (the lowest with the greatest F1) and `precision`, `recall`,
-            `f_score` there; `thresholds`, a list of dicts with `threshold`, `tp`, `fp`, `fn` and the same three ratios.
-
-    Raises:
-        TypeError: prediction is neither boolean, integer nor float; truth holds no whole numbers.
-        ValueError: shapes differ, are no [H, W] or [D, H, W], or hold no pixel; a prediction is NaN or not in [0, 1];
-            truth has no cell.
-
-    >>> truth = [[1, 1, 1, 0]]
-    >>> pixel_error([[0.9, 0.8, 0.3, 0.4]], truth)  # best at 0, 0.1, 0.2: TP 3, FP 1, FN 0
-    0.1428571428571429
-    >>> pixel_error([[0.9, 0.8, 0.3, 0.4]], truth, parts=True)["threshold"]
-    0.0
-    """
-    p, t = _given(prediction, truth)
-    thresholds = _thresholds(1.0)
-    # [thresholds that the pixel lies above, is it cell]
-    kept = t >= 0
-    above = np.searchsorted(thresholds, p[kept], side="left")
-    bins = 2 * (len(thresholds) + 1)
-    counts = np.bincount(2 * above + (t[kept] > 0), minlength=bins).reshape(-1, 2)
-    fp_at, tp_at = counts[::-1].cumsum(axis=0)[::-1].T.tolist()
-    cells = tp_at[0]
-    rows = [
-        {"threshold": t, "tp": tp, "fp": fp, "fn": cells - tp}
-        | {"precision": ratio(tp, tp + fp), "recall": ratio(tp, cells)}
-        | {"f_score": 2 * tp / (tp + fp + cells) if tp else 0.0}
-        for t, tp, fp in zip(thresholds, tp_at[1:], fp_at[1:], strict=True)
-    ]
-    best = max(rows, key=lambda row: row["f_score"])  # the first of equals
-    error = 1.0 - best["f_score"]
-    if not parts:
-        return error
-    chosen = {name: best[name] for name in ("threshold", "precision", "recall", "f_score")}
-    return {"error": error, **chosen, "thresholds": rows}
+    scores = ChallengeCounts.of(*_given(prediction, truth), [_segments(thinned)]).v_info(thinned=thinned)
+    return scores if parts else scores["v_info"]

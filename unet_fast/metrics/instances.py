@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from unet_kernels import connected_components
+import unet_kernels
 
 from ._inputs import array, expect_cells, expect_ids, instance_maps, ratio, stack
 
@@ -142,7 +142,11 @@ def components(mask: ArrayLike, connectivity: int = 4) -> NDArray[np.int32]:
         raise TypeError(f"mask must be boolean or integer, got {given.dtype}; compare with a threshold first")
     # -1, 0, 1: torch compares no unsigned integers wider than a byte
     signs = (stack(given) > 0).astype(np.int8) - (stack(given) < 0).astype(np.int8)
-    return connected_components(torch.from_numpy(signs), connectivity=connectivity).numpy().reshape(given.shape)
+    return (
+        unet_kernels.connected_components(torch.from_numpy(signs), connectivity=connectivity)
+        .numpy()
+        .reshape(given.shape)
+    )
 
 
 @dataclass(frozen=True)
