@@ -128,7 +128,8 @@ def draw_seams(path: Path, image: NDArray[Any], difference: NDArray[Any], step: 
 def draw_errors(path: Path, errors: Sequence[tuple[str, NDArray[Any], NDArray[np.uint8]]], threshold: float) -> None:
     """Where cells are split (red) and merged (blue): (title, image [H, W], kinds [H, W] of `metrics.warping_map`) each.
 
-    `threshold` is what the prediction was cut at. A path that ends in .tif gets a page an image, pixel for pixel; any other a sheet on which marks are thickened.
+    `threshold` is what the prediction was cut at. A path that ends in .tif gets a page an image, pixel for pixel; any
+    other a sheet on which marks are thickened.
     """
     if path.suffix.lower() in (".tif", ".tiff"):
         with replacing(path) as temporary, tifffile.TiffWriter(temporary) as file:

@@ -43,9 +43,10 @@ def specified(
     prediction: Tensor, truth: Tensor, counted: Tensor, thresholds: Tensor, radius: int, kinds: Tensor | None
 ) -> Tensor:
     """The same by the specification."""
+    # numpy would round a threshold to the image's float32, and 0.9999999999999999 is not 1
     counts = torch.empty(len(thresholds), len(prediction), len(ERROR_KINDS), dtype=torch.int64)
     for i, threshold in enumerate(thresholds.tolist()):
-        for z, (p, t, c) in enumerate(zip(prediction.numpy(), truth.numpy(), counted.numpy(), strict=True)):
+        for z, (p, t, c) in enumerate(zip(prediction.double().numpy(), truth.numpy(), counted.numpy(), strict=True)):
             warped = topology.homotopic_warp(p, t > 0, threshold, c > 0)
             found = topology.mismatch_kinds(warped, p > threshold, c > 0, radius)
             counts[i, z] = torch.from_numpy(np.bincount(found.ravel(), minlength=len(ERROR_KINDS)))
@@ -67,7 +68,7 @@ def homotopic_warp(
     """Warp truth towards prediction > threshold by flips of simple points; count what remains, by kind.
 
     Args:
-        prediction: [D, H, W] floating, on a CPU; compared in float32, strictly.
+        prediction: [D, H, W] floating, on a CPU; rounded to float32, and that compared in float64, strictly.
         truth: [D, H, W] boolean or integer: above 0 is cell.
         thresholds: T numbers.
         counted: [D, H, W] boolean: only these pixels are flipped, and only these can be mismatches; None is all.

@@ -37,10 +37,11 @@ def launch_cpu(prediction: Tensor, truth: Tensor, thresholds: Tensor, thinned: b
 
 def specified(prediction: Tensor, truth: Tensor, thresholds: Tensor, thinned: bool) -> tuple[Tensor, Tensor]:
     """The same by the specification."""
+    # numpy would round a threshold to the image's float32, and 0.9999999999999999 is not 1
     squares = torch.empty(len(thresholds), len(prediction), 4, dtype=torch.int64)
     logs = torch.empty(len(thresholds), len(prediction), 3, dtype=torch.float64)
     for i, threshold in enumerate(thresholds.tolist()):
-        for z, (p, t) in enumerate(zip(prediction.numpy(), truth.numpy(), strict=True)):
+        for z, (p, t) in enumerate(zip(prediction.double().numpy(), truth.numpy(), strict=True)):
             cells = (p > threshold) & (t >= 0)
             if thinned:
                 segments = topology.watershed_cells(cells)
@@ -60,7 +61,7 @@ def rand_sums(
     no segment is a segment by itself.
 
     Args:
-        prediction: [D, H, W] floating, on a CPU; compared in float32, strictly.
+        prediction: [D, H, W] floating, on a CPU; rounded to float32, and that compared in float64, strictly.
         truth: [D, H, W] integer cell ids, 0 = background, negative = ignore (and background of the prediction).
         thresholds: T numbers.
         thinned: segments are `watershed_cells(prediction > threshold)` instead of its 4-connected components.

@@ -60,15 +60,15 @@ def ring_of(padded: Bits, y: int, x: int) -> int:
     return sum(1 << i for i, (dy, dx) in enumerate(_CIRCLE) if padded[y + dy, x + dx])
 
 
-def homotopic_warp(prediction: NDArray[np.float32], truth: Bits, threshold: float, counted: Bits) -> Bits:
+def homotopic_warp(prediction: NDArray[np.float64], truth: Bits, threshold: float, counted: Bits) -> Bits:
     """truth, warped towards prediction > threshold by flips of simple points among the counted pixels.
 
     The mismatches are visited from the strongest disagreement |prediction - threshold| to the weakest (float32),
     column by column among equals; each that is simple when its turn comes is flipped. Passes are made until one flips
-    nothing. Beyond the image lies background.
+    nothing. Beyond the image lies background. Predictions come as float64: a threshold is not rounded to float32.
     """
     warped = np.pad(truth, 1)
-    strength = np.pad(np.abs(prediction.astype(np.float64) - threshold).astype(np.float32), 1)
+    strength = np.pad(np.abs(prediction - threshold).astype(np.float32), 1)
     x, y = np.nonzero(((warped != np.pad(prediction > threshold, 1)) & np.pad(counted, 1)).T)
     order = np.argsort(-strength[y, x], kind="stable")
     mismatches = list(zip(y[order].tolist(), x[order].tolist(), strict=True))
