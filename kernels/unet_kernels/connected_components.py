@@ -1,7 +1,7 @@
 """Connected components of masks: instances where only cell and background are labelled.
 
 mask [N, H, W] -> ids int32 [N, H, W]; in each slice 1, 2 .. in the order of the components' first pixels (rows first),
-0 = background, -1 = ignore. No gradient. docs/mathematics.md, section 8.
+0 = background, -1 = ignore. No gradient. docs/mathematics.md, section 7.
 """
 
 import torch

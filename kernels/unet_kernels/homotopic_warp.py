@@ -1,7 +1,7 @@
 """The truth warped towards a prediction without a change of topology, and what is wrong where it cannot follow.
 
 The measure of the ISBI 2012 challenge; no gradient, on a CPU. Specification, with sources:
-unet_kernels/reference/topology.py; docs/mathematics.md, section 8.
+unet_kernels/reference/topology.py; docs/mathematics.md, section 7.
 """
 
 from collections.abc import Sequence

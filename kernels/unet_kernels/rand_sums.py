@@ -1,7 +1,7 @@
 """How a prediction's segments overlap the truth's cells, as the sums behind Rand and information scores.
 
 Of the ISBI 2012 challenge; no gradient, on a CPU. Specification, with sources: unet_kernels/reference/topology.py;
-docs/mathematics.md, section 8.
+docs/mathematics.md, section 7.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 They are not the textbook ones of the same names: the "warping error" counts only splits and mergers, the "Rand error"
 is restricted to true cells, the "pixel error" is one less an F-score, and each takes the threshold that is best for
-the prediction. Cell is 4-connected, background (membrane) 8-connected. Definitions: docs/mathematics.md, section 8;
+the prediction. Cell is 4-connected, background (membrane) 8-connected. Definitions: docs/mathematics.md, section 7;
 sources: Jain et al., CVPR 2010; Arganda-Carreras et al., Frontiers in Neuroanatomy 9:142, 2015.
 """
 

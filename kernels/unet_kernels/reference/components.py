@@ -1,4 +1,4 @@
-"""Connected components of masks, on any device: docs/mathematics.md, section 8."""
+"""Connected components of masks, on any device: docs/mathematics.md, section 7."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What the ISBI 2012 challenge measures, in numpy and plain loops: docs/mathematics.md, section 8.
+"""What the ISBI 2012 challenge measures, in numpy and plain loops: docs/mathematics.md, section 7.
 
 Written to be read, one slice [H, W] at a time; the C++ of `kernels/native/src/homotopic_warp.cpp` and `rand_sums.cpp`
 must agree with every number here. Cell is 4-connected, background 8-connected. Sources: Jain et al., "Boundary
