@@ -104,12 +104,11 @@ def evaluate(
         for (stack, _), values in zip(stacks, truths, strict=True)
         for name, planes, ids in zip(stack.names, stack.pixels, values, strict=True)
     ]
+    backgrounds = _backgrounds(images, [path for _, path in pairing.pairs]) if images is not None else None
     counters = [_Counts.of(picture, classes, wanted) for picture in pictures]
     overall = _Counts.pooled(counters).row()
     if figure is not None:
-        _draw(
-            figure, pictures, overall, None if images is None else _backgrounds(images, [t for _, t in pairing.pairs])
-        )
+        _draw(figure, pictures, overall, backgrounds)
     return Report(
         [c.row() for c in counters],
         overall,
@@ -319,7 +318,7 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def _backgrounds(images: Path, truths: Sequence[Path]) -> list[Array]:
     """The image of each slice of the truths, [H, W], channels averaged."""
-    folder = truths[0].parent if len(truths) > 1 else truths[0]
+    folder = truths[0] if images.is_file() else truths[0].parent
     partner = {label: image for image, label in pair(images, folder).pairs}
     missing = [t.name for t in truths if t not in partner]
     if missing:

@@ -1,5 +1,6 @@
 """Files against files: every way to store a prediction gives the same scores, and `overall` pools, not averages."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
+from scipy import ndimage
 from typer.testing import CliRunner
 
-from unet_fast import metrics, synthetic
+from unet_fast import figures, metrics, synthetic
 from unet_fast.cli import app
 from unet_fast.errors import BadInput
 from unet_fast.evaluation import evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*runs in plain Python:RuntimeWarning")
 
 
 @pytest.fixture
@@ -157,3 +162,209 @@ def test_the_verb_prints_a_table_or_data(tmp_path: Path, truth: Path) -> None:
     assert "1 truth without a prediction (2.tif)" in table.stderr
     data = CliRunner().invoke(app, [*words, "--json"])
     assert json.loads(data.stdout)["overall"]["iou"] == 1
+
+
+# ---------------------------------------------------------------------------------------- the challenge's scores
+
+CHALLENGE = ("pixel_error", "warping_error", "rand_error", "v_rand", "v_info")
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> tuple[Path, Path]:
+    """(prediction, truth): three slices of membranes, and the truth blurred and noisy."""
+    _, labels = synthetic.membranes((3, 96, 96), seed=0)
+    noise = np.random.default_rng(0).normal(0, 0.8, labels.shape)
+    found = [ndimage.gaussian_filter((t > 0) + n, 1.5) for t, n in zip(labels, noise, strict=True)]
+    tifffile.imwrite(tmp_path / "truth.tif", labels, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "found.tif", np.clip(found, 0, 1).astype(np.float32), photometric="minisblack")
+    return tmp_path / "found.tif", tmp_path / "truth.tif"
+
+
+def test_a_mask_is_scored_as_the_challenge_did(stack: tuple[Path, Path]) -> None:
+    found, truth = (tifffile.imread(path) for path in stack)
+    report = evaluate(*stack)
+    for name in CHALLENGE:
+        measure = getattr(metrics, name)
+        parts = measure(found, truth, parts=True)
+        value = measure(found, truth)
+        assert (report.overall[name], report.overall[f"{name}_threshold"]) == (value, parts["threshold"])
+        assert [row[name] for row in report.images] == [measure(p, t) for p, t in zip(found, truth, strict=True)]
+        if name != "warping_error":
+            halves = (report.overall[f"{name}_precision"], report.overall[f"{name}_recall"])
+            assert halves == (parts["precision"], parts["recall"])
+    parts = metrics.warping_error(found, truth, parts=True)
+    assert (report.overall["split_pixels"], report.overall["merge_pixels"]) == (parts["split"], parts["merge"])
+
+
+def test_images_of_different_sizes_are_pooled_with_one_threshold(tmp_path: Path, truth: Path) -> None:
+    masks = [(ids > 0).astype(np.uint8) for ids in _instances(truth)]
+    rng = np.random.default_rng(0)
+    found = [np.clip(ndimage.gaussian_filter(m + rng.normal(0, 0.5, m.shape), 1), 0, 1) for m in masks]
+    folder = _write(tmp_path / "masks", masks)
+    report = evaluate(_write(tmp_path / "found", [f.astype(np.float32) for f in found]), folder)
+    # padded to one size with pixels that do not count, the images are a stack
+    frame = [[(0, 96 - n)] * 2 for n in (64, 96, 80)]
+    truths = np.stack([np.pad(m.astype(int), f, constant_values=-1) for m, f in zip(masks, frame, strict=True)])
+    padded = np.stack([np.pad(f.astype(np.float32), w) for f, w in zip(found, frame, strict=True)])
+    for name in ("pixel_error", "warping_error", "rand_error"):
+        parts = getattr(metrics, name)(padded, truths, parts=True)
+        assert (report.overall[name], report.overall[f"{name}_threshold"]) == (parts["error"], parts["threshold"])
+
+
+def test_touching_cells_are_apart_for_the_challenge_too(tmp_path: Path, truth: Path) -> None:
+    report = evaluate(truth, truth, wanted=("all",))
+    assert report.understood_as == "instance"
+    for row in (*report.images, report.overall):
+        assert [row[name] for name in CHALLENGE] == [0, 0, 0, 1, 1]
+        assert (row["seg"], row["adapted_rand_error"]) == (1, 0)
+    # the same cells without their numbers are merged where they touch
+    masks = _write(tmp_path / "masks", [(ids > 0).astype(np.uint8) for ids in _instances(truth)])
+    merged = evaluate(masks, truth, kind="instance", wanted=("warping_error", "rand_error")).overall
+    assert merged["warping_error"] > 0
+    assert merged["merge_pixels"] > merged["split_pixels"] == 0
+    assert merged["rand_error_precision"] < merged["rand_error_recall"]
+
+
+def test_what_is_shown_depends_on_the_truth(tmp_path: Path, truth: Path, stack: tuple[Path, Path]) -> None:
+    cells = evaluate(truth, truth).overall
+    assert {"iou", "pixel_error", "seg", "cell_iou"} <= set(cells)
+    assert not {"warping_error", "v_rand", "adapted_rand_error"} & set(cells)
+    assert {*CHALLENGE, "cell_iou"} <= set(evaluate(*stack).overall)
+    one = evaluate(*stack, wanted=("v_info",)).overall
+    assert set(one) == {"name", "v_info", "v_info_threshold", "v_info_precision", "v_info_recall"}
+
+
+@pytest.mark.parametrize("name", ["warping_error", "seg", "cells", "v_rand"])
+def test_classes_have_no_cells(tmp_path: Path, name: str) -> None:
+    for file in ("t.tif", "f.tif"):
+        tifffile.imwrite(tmp_path / file, np.array([[1, 1, 2, 2], [0, 0, 2, 2]], np.uint8))
+    sentence = f"^{name} needs cells and background, the truth was understood as 3 classes$"
+    with pytest.raises(BadInput, match=sentence):
+        evaluate(tmp_path / "f.tif", tmp_path / "t.tif", kind="class", wanted=("iou", name))
+    with pytest.raises(BadInput, match=r"^a figure needs cells and background"):
+        evaluate(tmp_path / "f.tif", tmp_path / "t.tif", kind="class", figure=tmp_path / "e.png")
+    assert evaluate(tmp_path / "f.tif", tmp_path / "t.tif", kind="class", wanted=("all",)).overall["iou"] == 1
+
+
+def test_a_slice_without_a_cell_has_no_score_of_cells_and_joins_the_pool(stack: tuple[Path, Path]) -> None:
+    prediction, truth = stack
+    labels = tifffile.imread(truth)
+    labels[1] = 0
+    tifffile.imwrite(truth, labels, photometric="minisblack")
+    report = evaluate(prediction, truth)
+    assert not {*CHALLENGE, "seg"} & set(report.images[1])
+    assert report.overall["warping_error"] == metrics.warping_error(tifffile.imread(prediction), labels)
+    assert report.overall["v_rand"] == metrics.v_rand(tifffile.imread(prediction), labels)
+    row = next(line for line in report.table().splitlines() if line.startswith("found.tif[1]"))
+    assert row.split()[3:] == ["-"] * 5
+
+
+def test_a_tracking_challenge_is_scored_by_its_annotated_cells(tmp_path: Path) -> None:
+    for folder in ("01_RES", "01_GT/SEG"):
+        (tmp_path / folder).mkdir(parents=True)
+    cells = np.zeros((8, 12), np.uint16)
+    cells[1:4, 1:5], cells[5:7, 6:10] = 3, 8
+    annotated = np.where(cells == 3, 3, 0).astype(np.uint16)
+    for frame in (0, 1, 2):
+        tifffile.imwrite(tmp_path / f"01_RES/mask{frame:03}.tif", cells)
+    tifffile.imwrite(tmp_path / "01_GT/SEG/man_seg000.tif", cells)
+    tifffile.imwrite(tmp_path / "01_GT/SEG/man_seg002.tif", annotated)
+    report = evaluate(tmp_path / "01_RES", tmp_path / "01_GT")
+    assert (report.understood_as, report.without_truth) == ("instance", ["mask001.tif"])
+    assert report.overall["seg"] == 1
+    assert (report.overall["detected"], report.overall["missed"], report.overall["false"]) == (3, 0, 1)
+
+
+def test_overall_seg_is_the_mean_over_cells_not_over_images(tmp_path: Path) -> None:
+    truths = [np.array([[1, 1, 0, 2, 2, 0, 3, 3]], np.uint8), np.array([[1, 1, 0, 0, 0, 0, 0, 0]], np.uint8)]
+    found = [truths[0], np.zeros_like(truths[1])]
+    report = evaluate(_write(tmp_path / "f", found), _write(tmp_path / "t", truths), kind="instance")
+    assert [row["seg"] for row in report.images] == [1, 0]
+    assert report.overall["seg"] == 3 / 4
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_csv_has_every_number_that_json_has(tmp_path: Path, stack: tuple[Path, Path]) -> None:
+    words = ["evaluate", "-p", str(stack[0]), "--truth", str(stack[1]), "--json", "--csv", str(tmp_path / "o.csv")]
+    data = json.loads(CliRunner().invoke(app, words).stdout)
+    with (tmp_path / "o.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["found.tif[0]", "found.tif[1]", "found.tif[2]", "overall"]
+    for row, wanted in zip(rows, [*data["images"], data["overall"]], strict=True):
+        assert {k: float(v) for k, v in row.items() if k != "name"} == {k: v for k, v in wanted.items() if k != "name"}
+
+
+def test_the_thresholds_chosen_are_shown(stack: tuple[Path, Path]) -> None:
+    shown = CliRunner().invoke(app, ["evaluate", "-p", str(stack[0]), "--truth", str(stack[1])]).stdout
+    overall = evaluate(*stack).overall
+    chosen = ", ".join(f"{name} {overall[f'{name}_threshold']:.1f}" for name in CHALLENGE)
+    assert shown.splitlines()[-1] == f"threshold chosen overall: {chosen}"
+    assert max(map(len, shown.splitlines()[:-1])) <= 110
+
+
+@pytest.mark.parametrize("on_images", [False, True])
+def test_a_tiff_of_errors_marks_what_is_split_and_merged(
+    tmp_path: Path, stack: tuple[Path, Path], on_images: bool
+) -> None:
+    found, truth = (tifffile.imread(path) for path in stack)
+    grey = np.random.default_rng(0).integers(0, 255, truth.shape, np.uint8)
+    tifffile.imwrite(tmp_path / "grey.tif", grey, photometric="minisblack")
+    drawn = tmp_path / "errors.tif"
+    report = evaluate(*stack, wanted=("iou",), figure=drawn, images=tmp_path / "grey.tif" if on_images else None)
+    threshold = report.overall["warping_error_threshold"]
+    pages = tifffile.imread(drawn)
+    kinds = metrics.warping_map(found, truth, threshold)
+    assert (kinds == 1).any()
+    assert pages.shape == (*truth.shape, 3)
+    np.testing.assert_array_equal((pages == figures.SPLIT).all(-1), kinds == 1)
+    np.testing.assert_array_equal((pages == figures.MERGED).all(-1), kinds == 2)
+    background = (grey if on_images else found)[0]
+    low, high = np.percentile(background, (0.5, 99.5))
+    plain = (np.clip((background - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+    np.testing.assert_array_equal(pages[0][kinds[0] == 0], np.repeat(plain[kinds[0] == 0][:, None], 3, axis=1))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_folders_are_drawn_on_folders(tmp_path: Path, truth: Path, count: int) -> None:
+    for path in sorted(truth.iterdir())[count:]:
+        path.unlink()
+    masks = _write(tmp_path / "found", [(ids > 0).astype(np.uint8) for ids in _instances(truth)])
+    images = _write(tmp_path / "images", [ids.astype(np.float32) for ids in _instances(truth)])
+    evaluate(masks, truth, kind="instance", figure=tmp_path / "e.tif", images=images)
+    with tifffile.TiffFile(tmp_path / "e.tif") as file:
+        assert [page.shape for page in file.pages] == [(*ids.shape, 3) for ids in _instances(truth)]
+        assert "0.tif: 0 splits, " in file.pages[0].description
+
+
+def test_a_sheet_of_errors_is_drawn(tmp_path: Path, stack: tuple[Path, Path]) -> None:
+    words = ["evaluate", "-p", str(stack[0]), "--truth", str(stack[1]), "--figure", str(tmp_path / "e.png")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    pixels = np.asarray(Image.open(tmp_path / "e.png").convert("RGB")).astype(int)
+    assert (abs(pixels - figures.SPLIT).sum(-1) < 30).any()
+
+
+@pytest.mark.parametrize(
+    ("figure", "images", "sentence"),
+    [
+        ("e.gif", None, r"^figure must end in \.png, \.pdf, \.svg, \.tif, \.tiff, got e\.gif$"),
+        (None, "found.tif", r"^images are for the figure to be drawn on; name a figure$"),
+        ("e.png", "small.tif", r"^the image of found\.tif\[0\] must be 96x96 like its truth, got 8x8$"),
+        ("e.png", "nowhere.tif", r"nowhere\.tif does not exist$"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    tmp_path: Path, stack: tuple[Path, Path], figure: str | None, images: str | None, sentence: str
+) -> None:
+    tifffile.imwrite(tmp_path / "small.tif", np.zeros((3, 8, 8), np.uint8), photometric="minisblack")
+    with pytest.raises(BadInput, match=sentence):
+        evaluate(*stack, figure=figure and tmp_path / figure, images=images and tmp_path / images)
+    assert not (tmp_path / "e.png").exists()
+
+
+def test_a_figure_needs_a_cell(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "t.tif", np.zeros((4, 4), np.uint8))
+    tifffile.imwrite(tmp_path / "f.tif", np.ones((4, 4), np.uint8))
+    with pytest.raises(BadInput, match=r"^figure needs a truth with cells, got none$"):
+        evaluate(tmp_path / "f.tif", tmp_path / "t.tif", kind="binary", figure=tmp_path / "e.png")
