@@ -43,11 +43,15 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only -q
 
-# the native libraries with warnings as errors, and their own tests; CUDA where there is an nvcc
+# the native libraries with warnings as errors, and their own tests; CUDA where there is an nvcc; then the C++ once more,
+# watched by the address and undefined-behaviour sanitizers
 native:
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DUNET_STRICT=ON
 	cmake --build build/native --parallel 2
 	ctest --test-dir build/native --output-on-failure
+	cmake -S . -B build/native-sanitized -DCMAKE_BUILD_TYPE=RelWithDebInfo -DUNET_STRICT=ON -DUNET_SANITIZE=ON -DUNET_CUDA=OFF
+	cmake --build build/native-sanitized --parallel 2
+	ctest --test-dir build/native-sanitized --output-on-failure
 
 # the whole job on a bare machine: synthetic touching cells, two nets, predictions, scores, pictures in demo/
 demo: $(STAMP)

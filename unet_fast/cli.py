@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -80,9 +81,14 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stder
 
 @contextmanager
 def _sentences() -> Iterator[None]:
-    """Errors that are the user's to mend are one sentence and an exit code; UNET_FAST_DEBUG=1 shows where."""
+    """Errors that are the user's to mend are one sentence and an exit code; UNET_FAST_DEBUG=1 shows where.
+
+    Warnings are notes, without the line of the program that gave them.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _note  # type: ignore[assignment]
+            yield
     except (BadInput, OSError) as error:
         _stop(str(error), BAD_INPUT)
     except (MemoryError, RuntimeError) as error:
@@ -92,6 +98,10 @@ def _sentences() -> Iterator[None]:
         _stop(f"out of memory; a smaller --tile needs less ({details[0]})", OUT_OF_MEMORY)
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
+
+
+def _note(message: Warning | str, *_: Any) -> None:
+    typer.echo(f"note: {' '.join(str(message).split())}", err=True)
 
 
 def _stop(sentence: str, code: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = [
     "FLOATS",
     "INTEGERS",
+    "above_zero",
     "autocast",
     "autocast_enabled",
     "autocast_to_float32",
@@ -73,6 +74,11 @@ def expect_mask(name: str, value: Any) -> None:
     expect_tensor(name, value, "N, H, W", (torch.bool, *INTEGERS), "boolean or an integer tensor")
     if value.shape[1] * value.shape[2] >= 2**31:
         raise ValueError(f"{name} must have less than 2^31 pixels a slice, got {list(value.shape)}")
+
+
+def above_zero(value: Tensor) -> Tensor:
+    """value > 0, of any integer type: torch compares no unsigned integers wider than a byte."""
+    return value > 0 if value.dtype.is_signed else value.bool()
 
 
 def expect_on_cpu(name: str, value: Tensor) -> None:

@@ -14,7 +14,7 @@ __all__ = ["connected_components"]
 
 def launch_cpu(mask: Tensor, connectivity: int) -> Tensor:
     """The C++ kernel: mask [N, H, W] uint8 of 0 and 1, contiguous, on a CPU."""
-    ids = torch.empty(mask.shape, dtype=torch.int32)
+    ids = torch.empty(mask.shape, dtype=torch.int32, device="cpu")
     _native.native().unet_connected_components_cpu(mask.data_ptr(), *mask.shape, connectivity, ids.data_ptr())
     return ids
 
@@ -37,11 +37,12 @@ def _op(mask: Tensor, connectivity: int) -> Tensor:
     ours = not _native.why_not(mask.device)
     if mask.is_cuda:
         ours = not _native.why_not_cuda(mask.device)
+    inside = _checks.above_zero(mask)
     if not ours or mask.numel() == 0:
-        ids = reference.connected_components(mask > 0, connectivity)
+        ids = reference.connected_components(inside, connectivity)
     else:
         launch = launch_cuda if mask.is_cuda else launch_cpu
-        ids = launch((mask > 0).to(torch.uint8).contiguous(), connectivity)
+        ids = launch(inside.to(torch.uint8).contiguous(), connectivity)
     return torch.where(mask < 0, -1, ids).contiguous() if mask.dtype.is_signed else ids.contiguous()
 
 

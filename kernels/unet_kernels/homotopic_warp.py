@@ -22,7 +22,7 @@ def launch_cpu(
     prediction: Tensor, truth: Tensor, counted: Tensor, thresholds: Tensor, radius: int, kinds: Tensor | None
 ) -> Tensor:
     """The C++ kernel: float32, uint8 and uint8 [D, H, W], float64 [T], contiguous; fills kinds, returns the counts."""
-    counts = torch.empty(len(thresholds), len(prediction), len(ERROR_KINDS), dtype=torch.int64)
+    counts = torch.empty(len(thresholds), len(prediction), len(ERROR_KINDS), dtype=torch.int64, device="cpu")
     status = _native.native().unet_homotopic_warp_cpu(
         prediction.data_ptr(),
         truth.data_ptr(),
@@ -44,7 +44,7 @@ def specified(
 ) -> Tensor:
     """The same by the specification."""
     # numpy would round a threshold to the image's float32, and 0.9999999999999999 is not 1
-    counts = torch.empty(len(thresholds), len(prediction), len(ERROR_KINDS), dtype=torch.int64)
+    counts = torch.empty(len(thresholds), len(prediction), len(ERROR_KINDS), dtype=torch.int64, device="cpu")
     for i, threshold in enumerate(thresholds.tolist()):
         for z, (p, t, c) in enumerate(zip(prediction.double().numpy(), truth.numpy(), counted.numpy(), strict=True)):
             warped = topology.homotopic_warp(p, t > 0, threshold, c > 0)
@@ -89,18 +89,23 @@ def homotopic_warp(
     3
     """
     _checks.expect_float("prediction", prediction, "D, H, W")
+    _checks.expect_on_cpu("prediction", prediction)
     _checks.expect_mask("truth", truth)
+    if counted is not None:
+        _checks.expect_tensor("counted", counted, "D, H, W", (torch.bool,), "boolean")
     for name, other in (("truth", truth), ("counted", counted)):
         if other is not None:
             _checks.expect_size(name, other, prediction.shape, "like prediction")
-    _checks.expect_on_cpu("prediction", prediction)
+            _checks.expect_device(name, other, "prediction", prediction)
     radius = _checks.expect_whole("radius", radius)
     if radius < 1:
         raise ValueError(f"radius must be at least 1, got {radius}")
-    counted = torch.ones(prediction.shape, dtype=torch.uint8) if counted is None else (counted > 0).to(torch.uint8)
-    levels = torch.tensor([float(t) for t in thresholds], dtype=torch.float64)
+    if counted is None:
+        counted = torch.ones(prediction.shape, dtype=torch.bool, device="cpu")
+    levels = torch.tensor([float(t) for t in thresholds], dtype=torch.float64, device="cpu")
     shape = (len(levels), *prediction.shape)
-    found = torch.zeros(shape, dtype=torch.uint8) if kinds else None
+    found = torch.zeros(shape, dtype=torch.uint8, device="cpu") if kinds else None
+    cell = _checks.above_zero(truth).to(torch.uint8).contiguous()
+    image, where = prediction.detach().float().contiguous(), counted.to(torch.uint8).contiguous()
     work = specified if _native.missing("homotopic_warp") else launch_cpu
-    arrays = (prediction.detach().float().contiguous(), (truth > 0).to(torch.uint8).contiguous(), counted.contiguous())
-    return work(*arrays, levels, radius, found), found
+    return work(image, cell, where, levels, radius, found), found

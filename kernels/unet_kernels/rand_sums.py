@@ -18,8 +18,8 @@ __all__ = ["rand_sums", "watershed_cells"]
 
 def launch_cpu(prediction: Tensor, truth: Tensor, thresholds: Tensor, thinned: bool) -> tuple[Tensor, Tensor]:
     """The C++ kernel: float32 and int32 [D, H, W], float64 [T], contiguous."""
-    squares = torch.empty(len(thresholds), len(prediction), 4, dtype=torch.int64)
-    logs = torch.empty(len(thresholds), len(prediction), 3, dtype=torch.float64)
+    squares = torch.empty(len(thresholds), len(prediction), 4, dtype=torch.int64, device="cpu")
+    logs = torch.empty(len(thresholds), len(prediction), 3, dtype=torch.float64, device="cpu")
     status = _native.native().unet_rand_sums_cpu(
         prediction.data_ptr(),
         truth.data_ptr(),
@@ -38,8 +38,8 @@ def launch_cpu(prediction: Tensor, truth: Tensor, thresholds: Tensor, thinned: b
 def specified(prediction: Tensor, truth: Tensor, thresholds: Tensor, thinned: bool) -> tuple[Tensor, Tensor]:
     """The same by the specification."""
     # numpy would round a threshold to the image's float32, and 0.9999999999999999 is not 1
-    squares = torch.empty(len(thresholds), len(prediction), 4, dtype=torch.int64)
-    logs = torch.empty(len(thresholds), len(prediction), 3, dtype=torch.float64)
+    squares = torch.empty(len(thresholds), len(prediction), 4, dtype=torch.int64, device="cpu")
+    logs = torch.empty(len(thresholds), len(prediction), 3, dtype=torch.float64, device="cpu")
     for i, threshold in enumerate(thresholds.tolist()):
         for z, (p, t) in enumerate(zip(prediction.double().numpy(), truth.numpy(), strict=True)):
             cells = (p > threshold) & (t >= 0)
@@ -48,7 +48,10 @@ def specified(prediction: Tensor, truth: Tensor, thresholds: Tensor, thinned: bo
             else:
                 segments = reference.connected_components(torch.from_numpy(cells)[None])[0].numpy()
             sums = topology.rand_sums(t, segments)
-            squares[i, z], logs[i, z] = torch.tensor(sums[0]), torch.tensor(sums[1], dtype=torch.float64)
+            squares[i, z], logs[i, z] = (
+                torch.tensor(sums[0], device="cpu"),
+                torch.tensor(sums[1], dtype=torch.float64, device="cpu"),
+            )
     return squares, logs
 
 
@@ -79,18 +82,24 @@ def rand_sums(
     [[[4, 8, 16, 8]]]
     """
     _checks.expect_float("prediction", prediction, "D, H, W")
-    _checks.expect_mask("truth", truth)
-    _checks.expect_integer("truth", truth, "D, H, W")
-    _checks.expect_size("truth", truth, prediction.shape, "like prediction")
     _checks.expect_on_cpu("prediction", prediction)
-    if truth.dtype != torch.int32:
-        top = int(truth.max()) if truth.numel() else 0
-        if top > torch.iinfo(torch.int32).max:
-            raise ValueError(f"truth must hold ids that fit 32 bits, got {top}; renumber them from 1")
-        truth = truth.clamp(min=-1).to(torch.int32)
-    levels = torch.tensor([float(t) for t in thresholds], dtype=torch.float64)
+    _checks.expect_integer("truth", truth, "D, H, W")
+    _checks.expect_mask("truth", truth)
+    _checks.expect_size("truth", truth, prediction.shape, "like prediction")
+    _checks.expect_device("truth", truth, "prediction", prediction)
+    levels = torch.tensor([float(t) for t in thresholds], dtype=torch.float64, device="cpu")
     work = specified if _native.missing("rand_sums") else launch_cpu
-    return work(prediction.detach().float().contiguous(), truth.contiguous(), levels, thinned)
+    return work(prediction.detach().float().contiguous(), _ids(truth).contiguous(), levels, thinned)
+
+
+def _ids(truth: Tensor) -> Tensor:
+    """truth as int32, checked; what is ignored is -1."""
+    wide = truth.long()
+    # what lies beyond int64 has become negative
+    beyond = truth.dtype == torch.uint64 and bool((wide < 0).any())
+    if beyond or (wide.numel() and int(wide.max()) > torch.iinfo(torch.int32).max):
+        raise ValueError(f"truth must hold ids that fit 32 bits, got {truth.numpy().max()}; renumber them from 1")
+    return wide.clamp(min=-1).to(torch.int32)
 
 
 def watershed_cells(mask: Tensor) -> Tensor:
@@ -111,11 +120,13 @@ def watershed_cells(mask: Tensor) -> Tensor:
     """
     _checks.expect_mask("mask", mask)
     _checks.expect_on_cpu("mask", mask)
-    cells = (mask > 0).contiguous()
+    cells = _checks.above_zero(mask).contiguous()
     if _native.missing("watershed_cells"):
         basins = [topology.watershed_cells(slice_) for slice_ in cells.numpy()]
-        return torch.from_numpy(np.stack(basins)) if basins else torch.empty(mask.shape, dtype=torch.int32)
-    ids = torch.empty(mask.shape, dtype=torch.int32)
+        return (
+            torch.from_numpy(np.stack(basins)) if basins else torch.empty(mask.shape, dtype=torch.int32, device="cpu")
+        )
+    ids = torch.empty(mask.shape, dtype=torch.int32, device="cpu")
     cells = cells.to(torch.uint8)
     status = _native.native().unet_watershed_cells_cpu(cells.data_ptr(), *mask.shape, ids.data_ptr())
     if status:

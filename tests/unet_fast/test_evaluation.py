@@ -16,6 +16,7 @@ from unet_fast import figures, metrics, synthetic
 from unet_fast.cli import app
 from unet_fast.errors import BadInput
 from unet_fast.evaluation import evaluate
+from unet_kernels import NativeLibraryMissing, _native
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*runs in plain Python:RuntimeWarning")
 
@@ -336,6 +337,30 @@ def test_folders_are_drawn_on_folders(tmp_path: Path, truth: Path, count: int) -
     with tifffile.TiffFile(tmp_path / "e.tif") as file:
         assert [page.shape for page in file.pages] == [(*ids.shape, 3) for ids in _instances(truth)]
         assert "0.tif: 0 splits, " in file.pages[0].description
+
+
+@pytest.mark.filterwarnings("default:.*runs in plain Python:RuntimeWarning")
+def test_without_the_native_library_a_note_says_that_it_is_slow(
+    stack: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["evaluate", "-p", str(stack[0]), "--truth", str(stack[1]), "--metrics", "warping_error", "--json"]
+    usual = CliRunner().invoke(app, words)
+
+    def missing() -> None:
+        raise NativeLibraryMissing("it was not built")
+
+    monkeypatch.setattr(_native, "native", missing)
+    caches = (_native.why_not, _native.missing)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        slow = CliRunner().invoke(app, words)
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+    assert slow.stdout == usual.stdout
+    note = "note: homotopic_warp runs in plain Python, which is slow: the native library is missing: it was not built\n"
+    assert slow.stderr == note
 
 
 def test_a_sheet_of_errors_is_drawn(tmp_path: Path, stack: tuple[Path, Path]) -> None:

@@ -77,6 +77,10 @@ def _instances(dtype: torch.dtype) -> dict[str, Tensor]:
     return {"instances": torch.randint(-1, 4, (2, 7, 6), dtype=torch.int32)}
 
 
+def _mask(dtype: torch.dtype) -> dict[str, Tensor]:
+    return {"mask": torch.randint(-1, 2, (2, 7, 6), dtype=torch.int32)}
+
+
 def _warp(dtype: torch.dtype) -> dict[str, Tensor]:
     return {
         "image": torch.rand(2, 3, 7, 6).to(dtype),
@@ -107,6 +111,10 @@ CASES: dict[str, Case] = {
     "two_nearest_cells": _case("two_nearest_cells", _instances, ()),
     "cut_gap": _case("cut_gap", _instances, ()),
     "border_weight": _case("border_weight", _instances, (), class_weight=(0.5, 2.0)),
+    "connected_components": _case("connected_components", _mask, ()),
+    "connected_components of corners": _case(
+        "connected_components", lambda d: {"mask": _mask(d)["mask"] > 0}, (), connectivity=8
+    ),
     "elastic_warp": _case("elastic_warp", _warp, ("image", "displacement", "matrix")),
     "elastic_warp order 3": _case("elastic_warp", _warp, ("image", "displacement", "matrix"), order=3, out_size=(5, 9)),
 }

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ import torch
 import unet_kernels as uk
 from unet_kernels import _native, _triton
 
-NATIVE = ("two_nearest_cells", "border_weight")
+NATIVE = ("two_nearest_cells", "border_weight", "connected_components")
+NATIVE_CUDA = ("connected_components",)
 
 
 @pytest.mark.parametrize("op", [op for op in uk.OPS if op not in NATIVE])
@@ -20,24 +22,49 @@ def test_every_op_has_a_lane_and_a_reason_on_the_cpu(op: str) -> None:
     assert uk.lane(op, "cpu") == (lane, reason)
 
 
+@pytest.fixture(autouse=True)
+def forget_what_was_found() -> Iterator[None]:
+    doors = (_native.why_not, _native.why_not_cuda)
+    for door in doors:
+        door.cache_clear()
+    yield
+    for door in doors:
+        door.cache_clear()
+
+
 @pytest.mark.parametrize("op", NATIVE)
 def test_on_a_cpu_the_lane_is_whether_the_library_is_there(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _native.why_not.cache_clear()
-    try:
-        monkeypatch.setattr(_native, "native", lambda: None)
-        assert uk.lane(op, "cpu") == uk.lane(op, torch.device("cpu")) == ("native", "our C++ kernel")
-        # a GPU's tensors are not its business
+    monkeypatch.setattr(_native, "native", lambda: None)
+    assert uk.lane(op, "cpu") == uk.lane(op, torch.device("cpu")) == ("native", "our C++ kernel")
+    # a GPU's tensors are not its business
+    if op not in NATIVE_CUDA:
         assert uk.lane(op, "cuda") == ("torch", "ATen, the reference; no kernel of ours yet")
-        assert _native.why_not(torch.device("cuda")) == "the C++ library is for the CPU, not cuda"
+    assert _native.why_not(torch.device("cuda")) == "the C++ library is for the CPU, not cuda"
 
-        def missing() -> None:
-            raise uk.NativeLibraryMissing("libunet_native was not built")
+    def missing() -> None:
+        raise uk.NativeLibraryMissing("libunet_native was not built")
 
-        _native.why_not.cache_clear()
-        monkeypatch.setattr(_native, "native", missing)
-        assert uk.lane(op, "cpu") == ("torch", "the native library is missing: libunet_native was not built")
-    finally:
-        _native.why_not.cache_clear()
+    _native.why_not.cache_clear()
+    monkeypatch.setattr(_native, "native", missing)
+    assert uk.lane(op, "cpu") == ("torch", "the native library is missing: libunet_native was not built")
+
+
+@pytest.mark.parametrize("op", NATIVE_CUDA)
+def test_on_a_gpu_the_lane_is_whether_the_cuda_library_is_there(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise uk.NativeLibraryMissing("libunet_native_cuda was not built")
+
+    # the C++ library is another one: it neither helps here nor harms
+    monkeypatch.setattr(_native, "native", missing)
+    monkeypatch.setattr(_native, "cuda", lambda: None)
+    assert uk.lane(op, "cuda") == uk.lane(op, torch.device("cuda", 0)) == ("native", "our CUDA kernel")
+    assert _native.why_not_cuda(torch.device("cpu")) == "the CUDA library is for GPUs, not cpu"
+    _native.why_not_cuda.cache_clear()
+    monkeypatch.setattr(_native, "native", lambda: None)
+    monkeypatch.setattr(_native, "cuda", missing)
+    assert uk.lane(op, "cuda") == ("torch", "the native library is missing: libunet_native_cuda was not built")
+    # and no other accelerator is either's
+    assert uk.lane(op, "xpu") == ("torch", "ATen, the reference; xpu has no kernel of ours yet")
 
 
 def test_on_a_gpu_the_lane_is_what_the_op_itself_asks(monkeypatch: pytest.MonkeyPatch) -> None:

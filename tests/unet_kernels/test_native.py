@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def forget_what_was_loaded() -> Iterator[None]:
-    doors = (_native.native, _native.cuda, _native.why_not)
+    doors = (_native.native, _native.cuda, _native.why_not, _native.why_not_cuda, _native.missing)
     for door in doors:
         door.cache_clear()
     yield
@@ -169,6 +169,34 @@ def test_the_weight_map_is_the_same_with_the_library_and_without(
     assert lane == "torch"
     assert reason.startswith("the native library is missing: libunet_native was not built")
     assert torch.equal(uk.border_weight(instances), with_it)
+
+
+# ---- the kernels behind the metrics, in the library that was built here
+
+
+@pytest.mark.parametrize("connectivity", [4, 8])
+@pytest.mark.parametrize("case", _maps())
+def test_the_cpp_components_are_those_of_the_reference(
+    case: str, connectivity: int, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNET_NATIVE_LIBRARY", str(built))
+    mask = _maps()[case]
+    want = torch.where(mask < 0, -1, reference.connected_components(mask > 0, connectivity))
+    assert uk.lane("connected_components", "cpu") == ("native", "our C++ kernel")
+    assert torch.equal(uk.connected_components(mask, connectivity=connectivity), want)
+
+
+def test_the_door_takes_the_library_where_there_is_one(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what has no lane to ask about shows it by its silence: warnings are errors here
+    monkeypatch.setenv("UNET_NATIVE_LIBRARY", str(built))
+    assert not any(_native.missing(what) for what in ("homotopic_warp", "rand_sums", "watershed_cells"))
+    truth = _maps()["blocks"]
+    prediction = truth.float() / 3
+    counts, _ = uk.homotopic_warp(prediction, truth, [0.5])
+    squares, _ = uk.rand_sums(prediction, truth, [0.5])
+    assert counts.sum() > 0
+    assert squares.sum() > 0
+    assert uk.watershed_cells(truth).min() == 0
 
 
 WORKERS = """

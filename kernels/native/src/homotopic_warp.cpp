@@ -86,7 +86,8 @@ void warp(const Slice &slice, Scratch &s) {
       const float strength = static_cast<float>(std::fabs(static_cast<double>(p) - slice.threshold));
       uint32_t bits;
       std::memcpy(&bits, &strength, sizeof bits);
-      s.order.push_back(uint64_t{~bits} << 32 | static_cast<uint32_t>(x * slice.height + y));
+      const uint32_t rank = std::isnan(strength) ? UINT32_MAX : ~bits; // NaN last, as numpy sorts
+      s.order.push_back(uint64_t{rank} << 32 | static_cast<uint32_t>(x * slice.height + y));
     }
   }
   std::sort(s.order.begin(), s.order.end());
@@ -193,6 +194,7 @@ int32_t unet_homotopic_warp_cpu(const float *prediction, const uint8_t *truth, c
                                 int64_t height, int64_t width, const double *thresholds, int64_t threshold_count,
                                 int64_t radius, int64_t *counts, uint8_t *kinds) {
   const int64_t size = height * width;
+  radius = std::min(radius, std::max(height, width)); // no window is larger than the image, and no sum overflows
   return unet::for_each_task<Scratch>(count * threshold_count, [&](int64_t task, Scratch &s) {
     const int64_t at = task % count * size;
     const Slice slice = {prediction + at, truth + at, counted + at, height, width, width + 2, thresholds[task / count]};

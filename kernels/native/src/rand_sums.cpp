@@ -32,9 +32,9 @@ int32_t watershed(const uint8_t *cells, int64_t height, int64_t width, int32_t *
   }
   const auto with_neighbours = [&](int64_t y, int64_t x, auto visit) {
     if (y > 0) visit((y - 1) * width + x);
+    if (x + 1 < width) visit(y * width + x + 1);
     if (y + 1 < height) visit((y + 1) * width + x);
     if (x > 0) visit(y * width + x - 1);
-    if (x + 1 < width) visit(y * width + x + 1);
   };
   for (int64_t p = 0; p < size; ++p)
     if (!cells[p]) basins[p] = kDry;

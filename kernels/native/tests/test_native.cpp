@@ -9,9 +9,11 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <random>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -87,7 +89,8 @@ Ids numbered(const Ids &roots) {
 Ids numbered_by_flood(const Mask &mask, const Shape &shape, bool corners) {
   Ids all;
   for (int64_t n = 0; n < shape.count; ++n) {
-    const auto one = numbered(roots_by_flood(mask.data() + n * shape.height * shape.width, shape.height, shape.width, corners));
+    const uint8_t *slice = mask.data() + n * shape.height * shape.width;
+    const Ids one = numbered(roots_by_flood(slice, shape.height, shape.width, corners));
     all.insert(all.end(), one.begin(), one.end());
   }
   return all;
@@ -174,7 +177,7 @@ void what_a_warp_leaves_is_counted_as_it_is_drawn() {
   with_random_masks([](const Shape &shape, const Mask &truth, std::mt19937 &random) {
     const auto prediction = random_prediction(shape, random);
     const Mask counted = random_mask(shape, 0.9, random);
-    for (const int64_t radius : {int64_t{1}, int64_t{3}, int64_t{1} << 40}) {
+    for (const int64_t radius : {int64_t{1}, int64_t{3}, INT64_MAX}) {
       for (const int64_t threshold_count : {int64_t{0}, int64_t{1}, kThresholdCount}) {
         const size_t tasks = static_cast<size_t>(threshold_count * shape.count);
         const size_t size = static_cast<size_t>(shape.height * shape.width);
@@ -249,6 +252,7 @@ void overlaps_add_up() {
 struct AtomicMemory {
   static int32_t read(const int32_t *parent) { return __atomic_load_n(parent, __ATOMIC_RELAXED); }
   static int32_t lower(int32_t *parent, int32_t to) {
+    std::this_thread::yield(); // between a root's finding and its lowering is where another may come in
     int32_t before = read(parent);
     while (to < before &&
            !__atomic_compare_exchange_n(parent, &before, to, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -257,23 +261,59 @@ struct AtomicMemory {
   }
 };
 
-// the steps in any order, dealt to threads that begin together
-void merge_on_threads(const Mask &mask, Ids &parents, int32_t width, bool corners, size_t threads, std::mt19937 &random) {
-  Ids order(mask.size());
-  for (size_t p = 0; p < order.size(); ++p) order[p] = static_cast<int32_t>(p);
-  std::shuffle(order.begin(), order.end(), random);
-  size_t waiting = threads;
-  std::vector<std::thread> running;
-  for (size_t t = 0; t < threads; ++t) {
-    running.emplace_back([&, t] {
-      __atomic_sub_fetch(&waiting, 1, __ATOMIC_ACQ_REL);
-      while (__atomic_load_n(&waiting, __ATOMIC_ACQUIRE)) std::this_thread::yield();
-      for (size_t i = t; i < order.size(); i += threads)
-        unet::merge<AtomicMemory>(mask.data(), parents.data(), order[i], width, corners);
-    });
+// Threads seldom meet on few cores. Here they always do: before a step lowers a parent, the next steps run to their end.
+struct InterruptedMemory {
+  static inline std::function<void()> others;
+  static int32_t read(const int32_t *parent) { return *parent; }
+  static int32_t lower(int32_t *parent, int32_t to) {
+    others();
+    return unet::PlainMemory::lower(parent, to);
   }
-  for (std::thread &thread : running) thread.join();
-}
+};
+
+struct Merging {
+  const Mask &mask;
+  Ids &parents;
+  int32_t width;
+  bool corners;
+  Ids order; // of the pixels
+
+  Merging(const Mask &m, Ids &p, int32_t w, bool c, std::mt19937 &random)
+      : mask(m), parents(p), width(w), corners(c), order(m.size()) {
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int32_t>(i);
+    std::shuffle(order.begin(), order.end(), random);
+  }
+  template <class Memory> void step(size_t i) const {
+    unet::merge<Memory>(mask.data(), parents.data(), order[i], width, corners);
+  }
+
+  // dealt to threads that begin together
+  void on_threads(size_t threads) const {
+    size_t waiting = threads;
+    std::vector<std::thread> running;
+    for (size_t t = 0; t < threads; ++t) {
+      running.emplace_back([&, t] {
+        __atomic_sub_fetch(&waiting, 1, __ATOMIC_ACQ_REL);
+        while (__atomic_load_n(&waiting, __ATOMIC_ACQUIRE)) std::this_thread::yield();
+        for (size_t i = t; i < order.size(); i += threads) step<AtomicMemory>(i);
+      });
+    }
+    for (std::thread &thread : running) thread.join();
+  }
+
+  // each step interrupted by others, and those again, up to so many at a time
+  void interrupted(int most) const {
+    size_t next = 0;
+    int nested = 0;
+    InterruptedMemory::others = [&] {
+      if (nested == most || next == order.size()) return;
+      ++nested;
+      step<InterruptedMemory>(next++);
+      --nested;
+    };
+    while (next < order.size()) step<InterruptedMemory>(next++);
+  }
+};
 
 // one winding path: its root is as far as can be from its end
 Mask snake(int64_t height, int64_t width) {
@@ -292,16 +332,23 @@ void the_order_of_merges_does_not_matter() {
       const Mask mask = density < 0 ? snake(height, width) : random_mask({1, height, width}, density, random);
       for (const bool corners : {false, true}) {
         const Ids want = roots_by_flood(mask.data(), height, width, corners);
-        for (const size_t threads : {size_t{1}, size_t{2}, size_t{4}}) {
-          Ids parents(mask.size());
-          for (int32_t p = 0; p < height * width; ++p) unet::begin(mask.data(), parents.data(), p);
-          merge_on_threads(mask, parents, width, corners, threads, random);
-          for (int32_t p = 0; p < height * width; ++p) {
-            const int32_t parent = parents[static_cast<size_t>(p)];
-            expect(parent <= p, "a parent lies at or before its pixel");
-            const int32_t root =
-                parent == unet::kNoParent ? parent : unet::root_of<AtomicMemory>(parents.data(), p);
-            expect(root == want[static_cast<size_t>(p)], "roots are first pixels, whatever the order");
+        for (const int crowd : {1, 2, 4, 50}) {
+          for (const bool on_threads : {false, true}) {
+            if (on_threads && crowd > 4) continue;
+            Ids parents(mask.size());
+            for (int32_t p = 0; p < height * width; ++p) unet::begin(mask.data(), parents.data(), p);
+            const Merging merging(mask, parents, width, corners, random);
+            if (on_threads)
+              merging.on_threads(static_cast<size_t>(crowd));
+            else
+              merging.interrupted(crowd);
+            for (int32_t p = 0; p < height * width; ++p) {
+              const int32_t parent = parents[static_cast<size_t>(p)];
+              expect(parent <= p, "a parent lies at or before its pixel");
+              const int32_t root = parent == unet::kNoParent ? parent : unet::root_of<AtomicMemory>(parents.data(), p);
+              expect(root == want[static_cast<size_t>(p)],
+                     on_threads ? "roots are first pixels, on threads" : "roots are first pixels, interrupted");
+            }
           }
         }
       }
