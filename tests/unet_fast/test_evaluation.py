@@ -2,6 +2,7 @@
 
 import csv
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +340,6 @@ def test_folders_are_drawn_on_folders(tmp_path: Path, truth: Path, count: int) -
         assert "0.tif: 0 splits, " in file.pages[0].description
 
 
-@pytest.mark.filterwarnings("default:.*runs in plain Python:RuntimeWarning")
 def test_without_the_native_library_a_note_says_that_it_is_slow(
     stack: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +354,9 @@ def test_without_the_native_library_a_note_says_that_it_is_slow(
     for cache in caches:
         cache.cache_clear()
     try:
-        slow = CliRunner().invoke(app, words)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # as a person has it
+            slow = CliRunner().invoke(app, words)
     finally:
         for cache in caches:
             cache.cache_clear()
