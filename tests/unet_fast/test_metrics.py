@@ -1,18 +1,17 @@
-"""Proves that `unet_fast.metrics` counts what its definitions say.
+"""Proves that `unet_fast.metrics` counts what its definitions say: overlaps of foregrounds, and cells against cells.
 
 Every number is compared with loops over pixels and cells that are written from the definitions, on maps small enough
-for ties to be common; the pixel error also with the values of the challenge's own program on the challenge's own
-labels. Scores must not depend on how cells are numbered, how images lie, or how a stack was cut into slices.
+for ties to be common; the adapted Rand error also with scikit-image's. Scores must not depend on how cells are
+numbered, how images lie, or how a stack was cut into slices. The scores of the ISBI 2012 challenge have
+test_challenge.py.
 """
 
 import doctest
 import json
-import os
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from itertools import accumulate
-from pathlib import Path
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,18 @@ import torch
 
 from tests.proof.properties import given, settings, st
 from unet_fast import metrics
-from unet_fast.metrics import InstanceScores, components, dice, instance_scores, iou, pixel_error, seg
+from unet_fast.metrics import (
+    InstanceScores,
+    adapted_rand_error,
+    components,
+    dice,
+    instance_scores,
+    iou,
+    rand_error,
+    seg,
+)
 
-ROOT = Path(__file__).parents[2]
-ISBI = Path(os.environ.get("UNET_FAST_DATA", ROOT / "../shared/data")) / "isbi2012"
+pytestmark = pytest.mark.filterwarnings("ignore:.*runs in plain Python:RuntimeWarning")
 
 ordinary = settings(derandomize=True, database=None, deadline=None, max_examples=100)
 
@@ -43,9 +50,8 @@ def stacks(low: int, high: int) -> Any:
     )
 
 
-# on, just above and just below every threshold, in both precisions, and anything
-EDGES = [float(x) for k in range(11) for c in (np.float64(k / 10), np.float32(k / 10)) for x in (c, np.nextafter(c, 2))]
-EDGES = [x for x in EDGES if x <= 1]
+# on, just above and just below a half, in both precisions, and anything
+EDGES = [0.0, 0.5, *(float(np.nextafter(half(0.5), to)) for half in (np.float32, np.float64) for to in (0, 1)), 1.0]
 probabilities = st.lists(
     st.one_of(st.sampled_from(EDGES), st.floats(0, 1)), min_size=int(np.prod(SHAPE)), max_size=int(np.prod(SHAPE))
 ).map(lambda values: np.array(values).reshape(SHAPE))
@@ -106,58 +112,6 @@ def scores_by_hand(prediction: np.ndarray, truth: np.ndarray) -> InstanceScores:
 # ---------------------------------------------------------------------------------------------------- pixels
 
 
-@given(probabilities, stacks(-1, 2), st.sampled_from([np.float32, np.float64]))
-@ordinary
-def test_pixel_error_is_one_less_the_greatest_f1_of_eleven_thresholds(prediction, truth, dtype) -> None:
-    prediction = prediction.astype(dtype)
-    pixels, expected = kept(prediction.astype(np.float32), truth), []
-    for threshold in accumulate([0.0, *[0.1] * 10]):
-        tp = sum(p > threshold and t > 0 for p, t in pixels)
-        fp = sum(p > threshold and t == 0 for p, t in pixels)
-        fn = sum(p <= threshold and t > 0 for p, t in pixels)
-        precision, recall = tp / (tp + fp) if tp + fp else None, tp / (tp + fn) if tp + fn else None
-        f_score = 2 * tp / (2 * tp + fp + fn) if tp else 0.0
-        row = {"threshold": threshold, "tp": tp, "fp": fp, "fn": fn}
-        expected.append({**row, "precision": precision, "recall": recall, "f_score": f_score})
-    if not (truth > 0).any():
-        with pytest.raises(ValueError, match=r"^truth must have a cell"):
-            pixel_error(prediction, truth)
-        return
-    parts = pixel_error(prediction, truth, parts=True)
-    assert parts["thresholds"] == expected
-    best = next(row for row in expected if row["f_score"] == max(row["f_score"] for row in expected))
-    assert [parts[k] for k in ("threshold", "precision", "recall", "f_score")] == [
-        best[k] for k in ("threshold", "precision", "recall", "f_score")
-    ]
-    assert pixel_error(prediction, truth) == parts["error"] == 1 - best["f_score"]
-
-
-def test_pixel_error_adds_its_thresholds_up_in_double() -> None:
-    thresholds = [row["threshold"] for row in pixel_error([[1.0]], [[1]], parts=True)["thresholds"]]
-    assert len(thresholds) == 11
-    assert thresholds[3] == 0.30000000000000004
-    assert thresholds[-1] == 0.9999999999999999
-    # so a probability of 1 is above all eleven, and float32(0.3) is above the fourth though the double 0.3 is not
-    counted = pixel_error([[1.0, 0.3]], [[1, 1]], parts=True)["thresholds"]
-    assert [row["tp"] for row in counted] == [2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]
-
-
-@pytest.mark.parametrize(("name", "expected"), [("b", 0.0), ("shift1", 0.027518), ("blur", 0.004352)])
-def test_pixel_error_is_what_the_program_of_the_challenge_prints(name: str, expected: float) -> None:
-    if not (ISBI / "train-labels.tif").is_file():
-        pytest.skip(f"no {ISBI / 'train-labels.tif'}: UNET_FAST_DATA names the folder with isbi2012/")
-    tifffile = pytest.importorskip("tifffile")
-    ndimage = pytest.importorskip("scipy.ndimage")
-    truth = tifffile.imread(ISBI / "train-labels.tif", key=range(3))
-    b = (truth > 0).astype(np.float32)
-    made: dict[str, Callable[[], np.ndarray]] = {
-        "b": lambda: b,
-        "shift1": lambda: np.roll(b, 1, axis=2),
-        "blur": lambda: np.stack([ndimage.gaussian_filter(each, 1.5) for each in b]),
-    }
-    assert round(pixel_error(made[name](), truth), 6) == expected
-
-
 @given(probabilities, stacks(-1, 2))
 @ordinary
 def test_iou_and_dice_count_the_pixels_of_both_foregrounds(prediction, truth) -> None:
@@ -176,19 +130,19 @@ def test_iou_and_dice_count_the_pixels_of_both_foregrounds(prediction, truth) ->
     assert (iou(prediction, truth), dice(prediction, truth)) == (of_iou, of_dice)
 
 
-def test_two_empty_foregrounds_agree() -> None:
-    nothing = np.zeros((3, 4), int)
-    assert (iou(nothing, nothing), dice(nothing, nothing)) == (1.0, 1.0)
-
-
 @given(probabilities, stacks(-1, 2))
 @ordinary
 def test_counts_of_a_stack_are_the_sums_of_those_of_its_slices(prediction, truth) -> None:
-    truth[:, 0, 0] = 1
-    whole = pixel_error(prediction, truth, parts=True)["thresholds"]
-    slices = [pixel_error(p, t, parts=True)["thresholds"] for p, t in zip(prediction, truth, strict=True)]
-    for name in ("tp", "fp", "fn"):
-        assert [row[name] for row in whole] == [sum(row[name] for row in rows) for rows in zip(*slices, strict=True)]
+    for measure in (iou, dice):
+        whole = measure(prediction, truth, parts=True)
+        slices = [measure(p, t, parts=True) for p, t in zip(prediction, truth, strict=True)]
+        for name in ("tp", "fp", "fn", "tn"):
+            assert whole[name] == sum(each[name] for each in slices)
+
+
+def test_two_empty_foregrounds_agree() -> None:
+    nothing = np.zeros((3, 4), int)
+    assert (iou(nothing, nothing), dice(nothing, nothing)) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int16, np.uint16, np.int64, np.uint64])
@@ -197,8 +151,7 @@ def test_any_whole_number_makes_a_mask_and_255_is_a_cell(dtype) -> None:
     mask = np.array([[cell, 0, cell], [0, 0, cell]]).astype(dtype)
     for measure in (iou, dice):
         assert measure(mask, mask) == 1.0
-    assert pixel_error(mask, mask) == 0.0
-    assert pixel_error(mask > 0, mask.tolist()) == pixel_error(torch.from_numpy(mask), mask) == 0.0
+        assert measure(mask > 0, mask.tolist()) == measure(torch.from_numpy(mask), mask) == 1.0
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -206,7 +159,6 @@ def test_any_float_holds_probabilities(dtype) -> None:
     probability = np.array([[1, 0.25, 1], [0, 0, 0.75]]).astype(dtype)
     for measure in (iou, dice):
         assert measure(probability, probability > 0.5) == 1.0
-    assert pixel_error(probability, probability > 0.5) == 0.0
 
 
 # ---------------------------------------------------------------------------------------------------- objects
@@ -248,6 +200,39 @@ def test_seg_asks_for_more_than_half_and_forgives_what_lies_elsewhere() -> None:
     assert seg([[1, 1, 1, 1, 1, 1, 1]], truth) == pytest.approx(4 / 7)
 
 
+def test_seg_names_what_is_missed_and_what_has_no_truth_in_frames_that_are_annotated_in_part() -> None:
+    truth = np.array(
+        [
+            [[1, 1, 0, 2, 2, 0, 3, 3]],  # all annotated: 1 is found, 2 and 3 are one cell
+            [[0, 0, 0, 2, 2, 0, 0, 0]],  # one of three
+            [[0, 0, 0, 0, 0, 0, 0, 0]],  # none
+        ]
+    )
+    prediction = np.array(
+        [
+            [[5, 5, 0, 6, 6, 6, 6, 6]],
+            [[1, 1, 0, 2, 0, 0, 3, 3]],  # half of it is not more than half
+            [[1, 1, 0, 2, 2, 0, 0, 4]],
+        ]
+    )
+    assert seg(prediction, truth, parts=True) == {
+        "seg": 0.45,
+        "objects": 4,
+        "matched": 3,  # by two predicted objects
+        "missed": 1,
+        "predicted": 8,
+        "unmatched": 6,
+        "frame": [0, 0, 0, 1],
+        "id": [1, 2, 3, 2],
+        "jaccard": [1.0, 0.4, 0.4, 0.0],
+    }
+    # a frame without annotation may be left out, or ignored
+    assert seg(prediction[:2], truth[:2]) == seg(prediction, truth)
+    truth[2] = -1
+    parts = seg(prediction, truth, parts=True)
+    assert (parts["seg"], parts["predicted"], parts["unmatched"]) == (0.45, 5, 3)
+
+
 def test_seg_takes_an_id_for_another_object_in_every_frame() -> None:
     truth = np.array([[[1, 1, 0]], [[1, 0, 0]]])
     prediction = np.array([[[2, 2, 0]], [[0, 2, 0]]])
@@ -279,6 +264,63 @@ def test_components_are_what_a_flood_fills(mask, connectivity: int) -> None:
         np.testing.assert_array_equal(components(given_, connectivity), labelled)
 
 
+# ---------------------------------------------------------------------------------------------------- pairs
+
+
+def adapted_by_hand(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float, float]:
+    """(error, precision, recall) of a slice, over its pairs of two pixels of cells."""
+    both = of_truth = of_segments = 0
+    for (p, t), (q, u) in combinations([(p, t) for p, t in kept(prediction, truth) if t > 0], 2):
+        both += p == q and t == u
+        of_truth += t == u
+        of_segments += p == q
+    error = 1 - 2 * both / (of_truth + of_segments) if of_truth + of_segments else 0.0
+    return error, both / of_segments if of_segments else 1.0, both / of_truth if of_truth else 1.0
+
+
+@given(stacks(0, 3), stacks(-1, 2))
+@ordinary
+def test_adapted_rand_error_counts_pairs_and_is_the_mean_of_slices_with_a_cell(prediction, truth) -> None:
+    slices = [adapted_by_hand(p, t) for p, t in zip(prediction, truth, strict=True) if (t > 0).any()]
+    if not slices:
+        with pytest.raises(ValueError, match=r"^truth must have a cell"):
+            adapted_rand_error(prediction, truth)
+        return
+    parts = adapted_rand_error(prediction, truth, parts=True)
+    error, precision, recall = np.mean(slices, axis=0)
+    assert parts == pytest.approx({"error": error, "precision": precision, "recall": recall}, abs=1e-12)
+    assert adapted_rand_error(prediction, truth) == parts["error"]
+
+
+@given(stacks(0, 3), stacks(-1, 2))
+@ordinary
+def test_adapted_rand_error_is_that_of_scikit_image_whose_precision_is_our_recall(prediction, truth) -> None:
+    theirs = pytest.importorskip("skimage.metrics").adapted_rand_error
+    for p, t in zip(prediction, truth, strict=True):
+        t[0, :2] = 1
+        p[0, :2] = 1  # a pair of pixels in one cell and in one segment: or theirs divides by 0
+        error, precision, recall = theirs(np.maximum(t, 0), p)
+        parts = adapted_rand_error(p, t, parts=True)
+        assert parts == pytest.approx({"error": error, "precision": recall, "recall": precision}, abs=1e-12)
+
+
+def test_adapted_rand_error_takes_predicted_background_for_one_segment_and_rand_error_does_not() -> None:
+    truth = np.ones((1, 8), int)
+    prediction = np.array([[1, 1, 1, 1, 0, 0, 0, 0]])
+    # 12 of 56 ordered pairs in either half, all of them in the cell
+    assert adapted_rand_error(prediction, truth, parts=True) == {"error": 0.4, "precision": 1.0, "recall": 24 / 56}
+    # 16 and four single ones of 64
+    assert rand_error(prediction, truth) == pytest.approx(1 - 2 * 20 / (64 + 20))
+
+
+def test_adapted_rand_error_sees_mergers_in_precision_and_splits_in_recall() -> None:
+    truth = np.array([[1, 1, 1, 0, 2, 2]])
+    merged = adapted_rand_error([[1, 1, 1, 1, 1, 1]], truth, parts=True)
+    split = adapted_rand_error([[1, 3, 3, 0, 2, 2]], truth, parts=True)
+    assert (merged["precision"], merged["recall"]) == (0.4, 1.0)
+    assert (split["precision"], split["recall"]) == (1.0, 0.5)
+
+
 # ---------------------------------------------------------------------------------------------------- cells
 
 
@@ -306,11 +348,15 @@ def test_how_cells_are_numbered_and_images_lie_changes_nothing(prediction, truth
     names = np.array([0, *names, -1])
     truth[0, 0, 0] = 1
     scores, value = instance_scores(prediction, truth), seg(prediction, truth)
+    pairs = adapted_rand_error(prediction, truth, parts=True)
     renamed = names[prediction], names[truth]
     assert instance_scores(*renamed) == scores
     assert seg(*renamed) == value
+    assert adapted_rand_error(*renamed, parts=True) == pairs
     for turn in (lambda a: a[:, ::-1], lambda a: a[:, :, ::-1], lambda a: a.swapaxes(1, 2)):
         assert instance_scores(turn(prediction), turn(truth)) == scores
+        assert seg(turn(prediction), turn(truth)) == value
+        assert adapted_rand_error(turn(prediction), turn(truth), parts=True) == pairs
     assert instance_scores(renamed[0].astype(np.uint64), renamed[1].astype(np.int64)) == scores
 
 
@@ -320,8 +366,9 @@ def test_what_is_predicted_on_ignored_pixels_changes_nothing(prediction, truth, 
     truth[0, 0, 0] = 1
     spoilt = np.where(truth < 0, noise, prediction)
     assert instance_scores(spoilt, truth) == instance_scores(prediction, truth)
-    assert seg(spoilt, truth, parts=True) == seg(prediction, truth, parts=True)
-    for measure in (iou, dice, pixel_error):
+    for measure in (seg, adapted_rand_error):
+        assert measure(spoilt, truth, parts=True) == measure(prediction, truth, parts=True)
+    for measure in (iou, dice):
         for masks in ((spoilt % 2, prediction % 2), (spoilt / 7.0, np.where(truth < 0, 0, prediction) / 7.0)):
             assert measure(masks[0], truth, parts=True) == measure(masks[1], truth, parts=True)
 
@@ -332,6 +379,7 @@ def test_a_truth_is_perfect_for_itself(truth) -> None:
     scores = instance_scores(truth, truth)
     if scores.true_cells:
         assert (scores.mean_iou, scores.mean_average_precision, seg(truth, truth)) == (1.0, 1.0, 1.0)
+        assert adapted_rand_error(truth, truth, parts=True) == {"error": 0.0, "precision": 1.0, "recall": 1.0}
     assert (scores.merged_pairs, scores.split_cells) == (0, 0)
 
 
@@ -409,7 +457,7 @@ def test_scores_are_json_and_a_ratio_without_a_denominator_is_null() -> None:
         for value in (
             scores,
             *(measure(prediction, truth, parts=True) for measure in (iou, dice)),
-            *(measure(prediction, truth, parts=True) for measure in (seg, pixel_error) if truth.any()),
+            *(measure(prediction, truth, parts=True) for measure in (seg, adapted_rand_error) if truth.any()),
         ):
             assert json.loads(json.dumps(value, allow_nan=False)) == value
     empty = InstanceScores()
@@ -437,9 +485,19 @@ def test_two_thousand_cells_are_not_counted_one_by_one() -> None:
 
 # ---------------------------------------------------------------------------------------------------- refusals
 
-EVERY = {"pixel_error": pixel_error, "iou": iou, "dice": dice, "seg": seg, "instance_scores": instance_scores}
-OF_PIXELS = {name: EVERY[name] for name in ("pixel_error", "iou", "dice")}
-OF_IDS = {name: EVERY[name] for name in ("seg", "instance_scores")}
+OF_PIXELS: dict[str, Callable[..., Any]] = {"iou": iou, "dice": dice}
+OF_IDS: dict[str, Callable[..., Any]] = {
+    "seg": seg,
+    "adapted_rand_error": adapted_rand_error,
+    "instance_scores": instance_scores,
+}
+EVERY = OF_PIXELS | OF_IDS
+
+
+def expect(error: type[Exception], sentence: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == sentence
 
 
 @pytest.mark.parametrize("measure", EVERY.values(), ids=EVERY.keys())
@@ -453,20 +511,30 @@ def test_shapes_are_checked_by_name(measure) -> None:
         "truth must be [H, W] or [D, H, W] with at least one pixel, got shape (1, 1, 3, 4)": (here, here[None, None]),
     }
     for sentence, arguments in refused.items():
-        with pytest.raises(ValueError, match="shape") as caught:
-            measure(*arguments)
-        assert str(caught.value) == sentence
+        expect(ValueError, sentence, lambda arguments=arguments: measure(*arguments))
 
 
 @pytest.mark.parametrize("measure", OF_PIXELS.values(), ids=OF_PIXELS.keys())
 def test_nan_and_what_is_no_number_are_refused(measure) -> None:
     here, spoilt = np.ones((2, 2), int), np.array([[1, np.nan], [0, 1]])
-    with pytest.raises(ValueError, match=r"^prediction must not be NaN, got 1 of 4 pixels that are$"):
-        measure(spoilt, here)
-    with pytest.raises(TypeError, match=r"^truth must hold whole numbers, got float64; \(truth > 0\) makes"):
-        measure(here, spoilt)
-    with pytest.raises(TypeError, match=r"^prediction must be boolean, integer or float, got complex128$"):
-        measure(here + 0j, here)
+    expect(ValueError, "prediction must not be NaN, got 1 of 4 pixels that are", lambda: measure(spoilt, here))
+    sentence = "truth must hold whole numbers, got float64; (truth > 0) makes a mask of it"
+    expect(TypeError, sentence, lambda: measure(here, spoilt))
+    sentence = "prediction must be boolean, integer or float, got complex128"
+    expect(TypeError, sentence, lambda: measure(here + 0j, here))
+
+
+@pytest.mark.parametrize("measure", OF_PIXELS.values(), ids=OF_PIXELS.keys())
+def test_probabilities_lie_between_0_and_1(measure) -> None:
+    here, grey = np.ones((2, 2), int), np.array([[0, 3], [200, 255]], np.uint8)
+    for values, got in (
+        ([[0, 1.5], [1, 1]], "0 to 1.5; a softmax or sigmoid makes probabilities of logits"),
+        ([[0, np.inf], [1, 1]], "0 to inf"),
+        ([[0, -2.5], [1, 1]], "-2.5 to 1; a softmax or sigmoid makes probabilities of logits"),
+        (grey.astype(float), "0 to 255; divide by 255 if these are grey values"),
+    ):
+        sentence = f"prediction must be the probability of cell, 0 to 1, got {got}"
+        expect(ValueError, sentence, lambda values=values: measure(values, here))
 
 
 @pytest.mark.parametrize("measure", OF_IDS.values(), ids=OF_IDS.keys())
@@ -475,26 +543,29 @@ def test_instance_maps_are_integers(measure, dtype) -> None:
     here = np.ones((2, 2), int)
     for name, arguments in (("prediction", (here.astype(dtype), here)), ("truth", (here, here.astype(dtype)))):
         sentence = f"{name} must hold integer ids, got {np.dtype(dtype)}; components(mask) makes them of a mask"
-        with pytest.raises(TypeError) as caught:
-            measure(*arguments)
-        assert str(caught.value) == sentence
+        expect(TypeError, sentence, lambda arguments=arguments: measure(*arguments))
+
+
+@pytest.mark.parametrize("measure", [seg, adapted_rand_error])
+@pytest.mark.parametrize("truth", [0, -1])
+def test_a_mean_over_cells_needs_a_cell(measure, truth: int) -> None:
+    sentence = "truth must have a cell to be found, got none (no value above 0) in 4 pixels"
+    expect(ValueError, sentence, lambda: measure(np.ones((2, 2), int), np.full((2, 2), truth)))
 
 
 @pytest.mark.parametrize("measure", OF_IDS.values(), ids=OF_IDS.keys())
 def test_a_predicted_id_is_not_negative(measure) -> None:
-    with pytest.raises(ValueError, match=r"^prediction must hold ids of 0 \(background\) or more, got -3$"):
-        measure([[1, -3]], [[1, 0]])
+    sentence = "prediction must hold ids of 0 (background) or more, got -3"
+    expect(ValueError, sentence, lambda: measure([[1, -3]], [[1, 0]]))
 
 
 def test_components_refuse_probabilities_and_other_neighbourhoods() -> None:
-    with pytest.raises(
-        TypeError, match=r"^mask must be boolean or integer, got float64; compare with a threshold first$"
-    ):
-        components([[0.5]])
-    with pytest.raises(ValueError, match=r"^connectivity must be 4 or 8, got 6$"):
-        components([[1]], connectivity=6)
-    with pytest.raises(ValueError, match=r"^mask must be \[H, W\] or \[D, H, W\]"):
-        components([1])
+    sentence = "mask must be boolean or integer, got float64; compare with a threshold first"
+    expect(TypeError, sentence, lambda: components([[0.5]]))
+    expect(ValueError, "connectivity must be 4 or 8, got 6", lambda: components([[1]], connectivity=6))
+    for mask, shape in (([1], "(1,)"), (np.ones((2, 0), int), "(2, 0)"), (np.ones((1, 1, 1, 1), int), "(1, 1, 1, 1)")):
+        sentence = f"mask must be [H, W] or [D, H, W] with at least one pixel, got shape {shape}"
+        expect(ValueError, sentence, lambda mask=mask: components(mask))
 
 
 # ---------------------------------------------------------------------------------------------------- the module

@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import unet_kernels as uk
 from tests.proof.properties import given, st
+from unet_fast import synthetic
 from unet_kernels import _native
 from unet_kernels.reference import topology
 
@@ -405,3 +407,33 @@ def test_bad_input_is_refused_in_a_sentence(
     with pytest.raises(error, match=sentence) as refusal:
         uk.homotopic_warp(prediction, truth, [0.5], **settings)
     assert "\n" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------------------------------------------- what it costs
+
+
+def _seconds(work: Any, arguments: tuple[Any, ...], times: int) -> float:
+    taken = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work(*arguments)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+@pytest.mark.slow
+def test_a_stack_after_an_epoch_takes_no_two_seconds_and_a_twentieth_of_the_specification(built: None) -> None:
+    _, labels = synthetic.membranes((24, 512, 512), seed=0)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.8, labels.shape).astype(np.float32)
+    found = [ndimage.gaussian_filter((t > 0) + n, 1.5).clip(0, 1) for t, n in zip(labels, noise, strict=True)]
+    prediction, truth = (
+        torch.from_numpy(np.stack(found).astype(np.float32)),
+        torch.from_numpy((labels > 0).astype("u1")),
+    )
+    thresholds = torch.arange(10, dtype=torch.float64) / 10
+    whole = (prediction, truth, torch.ones_like(truth), thresholds, 20, None)
+    assert _seconds(warp.launch_cpu, whole, 3) < 2
+    # one thread beside one thread
+    part = (*(each[:1, :256, :256].contiguous() for each in whole[:3]), *whole[3:])
+    assert 20 * _seconds(warp.launch_cpu, part, 5) < _seconds(warp.specified, part, 2)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["array", "expect_cells", "expect_ids", "instance_maps", "probabilities_and_truth", "ratio", "stack"]
@@ -15,26 +16,29 @@ def probabilities_and_truth(prediction: ArrayLike, truth: ArrayLike) -> tuple[ND
         raise TypeError(f"truth must hold whole numbers, got {t.dtype}; (truth > 0) makes a mask of it")
     if p.dtype.kind not in "biuf":
         raise TypeError(f"prediction must be boolean, integer or float, got {p.dtype}")
-    if p.dtype.kind == "f" and np.isnan(p).any():
-        raise ValueError(f"prediction must not be NaN, got {np.isnan(p).sum()} of {p.size} pixels that are")
     labels = (t > 0).astype(np.int8)
     if t.dtype.kind == "i":
         labels[t < 0] = -1
         p = np.where(labels < 0, p.dtype.type(0), p)
+    if p.dtype.kind == "f" and np.isnan(p).any():
+        raise ValueError(f"prediction must not be NaN, got {np.isnan(p).sum()} of {p.size} pixels that are")
     low, high = p.min(), p.max()
     if p.dtype.kind in "iu" and low >= 0 and not ((p != 0) & (p != high)).any():
         p = p > 0  # a mask, whatever number stands for cell
     elif low < 0 or high > 1:
-        raise ValueError(
-            f"prediction must be the probability of cell, 0 to 1, got {low:g} to {high:g}{_hint(low, high)}"
-        )
+        what = f"the probability of cell, 0 to 1, got {low:g} to {high:g}"
+        raise ValueError(f"prediction must be {what}{_hint(p.dtype.kind, low, high)}")
     return p if p.dtype.kind == "f" else p.astype(np.float32), labels
 
 
-def _hint(low: float, high: float) -> str:
-    if low < 0:
+def _hint(kind: str, low: float, high: float) -> str:
+    if kind != "f":
+        return "; (prediction > 0) makes a mask of ids, prediction / 255 probabilities of grey values"
+    if np.isposinf(high):
+        return ""
+    if low < 0 or high <= 2:
         return "; a softmax or sigmoid makes probabilities of logits"
-    return "; divide by 255 if these are grey values" if 2 < high <= 255 else ""
+    return "; divide by 255 if these are grey values" if high <= 255 else "; divide by the greatest that can be"
 
 
 def expect_cells(truth: NDArray[Any]) -> None:
@@ -65,7 +69,13 @@ def _same_shape(prediction: ArrayLike, truth: ArrayLike) -> tuple[NDArray[Any], 
 
 
 def array(name: str, given: ArrayLike) -> NDArray[Any]:
-    values = np.asarray(given)
+    if isinstance(given, torch.Tensor):
+        given = given.detach().cpu()
+        given = given.float() if given.dtype == torch.bfloat16 else given
+    try:
+        values = np.asarray(given)
+    except ValueError:
+        raise ValueError(f"{name} must be [H, W] or [D, H, W], got rows of different lengths") from None
     if values.ndim not in (2, 3) or values.size == 0:
         raise ValueError(f"{name} must be [H, W] or [D, H, W] with at least one pixel, got shape {values.shape}")
     return values

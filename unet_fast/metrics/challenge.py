@@ -9,6 +9,7 @@ sources: Jain et al., CVPR 2010; Arganda-Carreras et al., Frontiers in Neuroanat
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -112,7 +113,7 @@ class ChallengeCounts:
 
     @classmethod
     def pooled(cls, counts: Sequence["ChallengeCounts"]) -> "ChallengeCounts":
-        """All of them as one, in their order; they were asked for the same."""
+        """All of them (one at least) as one, in their order; they were asked for the same."""
 
         def added(name: str) -> Any:
             parts = [getattr(each, name) for each in counts]
@@ -182,7 +183,7 @@ def _best(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _rows(
     sums: tuple[NDArray[np.int64], NDArray[np.float64]], measure: Callable[..., tuple[float, ...]]
 ) -> list[dict[str, Any]]:
-    """The mean over slices with a true cell of what `measure` says of a slice's sums, at each threshold."""
+    """The mean over slices with a true cell (one at least) of what `measure` says of their sums, at each threshold."""
     squares, logs = (each[:, sums[0][0, :, 0] > 0].tolist() for each in sums)
     rows = []
     for threshold, whole, logarithms in zip(_ELEVEN, squares, logs, strict=True):
@@ -270,8 +271,9 @@ def warping_error(
     points, which change no topology: the strongest disagreement |prediction - t| first, in passes, until none is left
     to flip. What still differs is an error, and is classified by the components that meet there; only splits (a cell is
     parted) and mergers (cells are joined) count, each pixel of them. 0 is perfect; the published results are
-    about 0.0004. Cells that are missed or made up cost nothing: a prediction that is all background at one of the
-    thresholds has error 0, so look at `rand_error` too.
+    about 0.0004. A cell that is cut through counts as few pixels, because the truth recedes along the cut from its
+    ends; a gap that is closed counts with every pixel. Cells that are missed or made up cost nothing: a prediction
+    that is all background at one of the thresholds has error 0, so look at `rand_error` too.
 
     Args:
         prediction: probability of cell, in [0, 1].
@@ -326,18 +328,21 @@ def warping_map(
     [0, 0, 2, 0, 0]
     """
     p, t = probabilities_and_truth(prediction, truth)
-    kinds = _warped(p.astype(np.float32), t, [threshold], _counted(t, truth, mask), radius, kinds=True)[1]
+    if not isinstance(threshold, Real) or math.isnan(threshold):
+        raise ValueError(f"threshold must be a number, got {threshold!r}")
+    kinds = _warped(p.astype(np.float32), t, [float(threshold)], _counted(t, truth, mask), radius, kinds=True)[1]
     return kinds[0].reshape(np.shape(truth))
 
 
 def error_places(kinds: NDArray[np.uint8]) -> dict[str, int]:
     """How often cells are split and merged in a `warping_map`: connected groups of such pixels, slice by slice."""
+    kinds = stack(array("kinds", kinds))
     count = {}
     # splits are pixels of cells, 4-connected; mergers of background, 8-connected; slices are apart
     for kind, reach in (("split", 1), ("merge", 2)):
         structure = np.zeros((3, 3, 3), bool)
         structure[1] = ndimage.generate_binary_structure(2, reach)
-        count[kind] = int(ndimage.label(stack(kinds) == _KINDS.index(kind), structure)[1])
+        count[kind] = int(ndimage.label(kinds == _KINDS.index(kind), structure)[1])
     return count
 
 

@@ -99,6 +99,7 @@ def adapted_rand_error(prediction: ArrayLike, truth: ArrayLike, *, parts: bool =
     """
     prediction, truth = instance_maps(prediction, truth)
     expect_cells(truth)
+    expect_ids(prediction[truth >= 0])
     slices = [_adapted_rand(p[t > 0], t[t > 0]) for p, t in zip(prediction, truth, strict=True) if (t > 0).any()]
     error, precision, recall = (math.fsum(values) / len(slices) for values in zip(*slices, strict=True))
     return {"error": error, "precision": precision, "recall": recall} if parts else error
@@ -106,7 +107,6 @@ def adapted_rand_error(prediction: ArrayLike, truth: ArrayLike, *, parts: bool =
 
 def _adapted_rand(prediction: NDArray[Any], truth: NDArray[Any]) -> tuple[float, float, float]:
     """Of the pixels of true cells of one slice; without a pair, none is wrong."""
-    expect_ids(prediction)
     cells, segments = (np.unique(ids, return_inverse=True)[1] for ids in (truth, prediction))
     of_truth, of_segments = _pairs(np.bincount(cells)), _pairs(np.bincount(segments))
     of_both = _pairs(np.unique(cells * cells.size + segments, return_counts=True)[1])
