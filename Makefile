@@ -32,13 +32,13 @@ ifneq ($(LINUX),)
 	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/unet_kernels -m "not interpreter" -k "compiled_code and float16 and channels_last"
 endif
 
-# before every commit; under three minutes
+# before every commit; under three minutes, two tests at a time with a thread each
 check: $(STAMP)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	PYTHONPATH=.:kernels .venv/bin/lint-imports
-	$(RUN) -m pytest -q -m "not gpu and not slow and not interpreter"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not gpu and not slow and not interpreter"
 
 bench: $(STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only -q
