@@ -18,7 +18,6 @@ instances are compared it holds ids, 0 = background. Values are counted in whole
 
 from .areas import dice, iou
 from .challenge import (
-    ChallengeCounts,
     error_places,
     pixel_error,
     rand_error,
@@ -27,6 +26,7 @@ from .challenge import (
     warping_error,
     warping_map,
 )
+from .counts import ChallengeCounts
 from .instances import InstanceScores, adapted_rand_error, components, instance_scores, seg
 
 __all__ = [
