@@ -77,8 +77,8 @@ def evaluate(
         does not average their scores; but V_Rand, V_Info and adapted Rand error are means over slices by definition.
 
     Raises:
-        BadInput: nothing to compare, files that cannot be read, sizes that differ, truth that cannot be understood, or
-            a metric that its kind does not have.
+        BadInput: nothing to compare, files that cannot be read, sizes that differ, truth that cannot be understood or
+            has no cell, or a metric that its kind does not have.
     """
     for name in wanted or ():
         if name not in (*METRICS, "all"):
@@ -98,6 +98,8 @@ def evaluate(
     else:
         kind = agreed(kind, facts, truth)
     classes = max(2, facts["highest"] + 1) if kind == "class" else 2
+    if kind != "class" and not any((values > 0).any() for values in truths):
+        raise BadInput(f"{truth} must have a cell to be found, got none in any image")
     wanted = _applicable(wanted, kind, classes, figure is not None)
     pictures = [
         _Image.of(name, planes, ids, kind, classes)
@@ -288,9 +290,7 @@ _MOST = 6
 
 def _draw(path: Path, pictures: Sequence[_Image], overall: dict[str, Any], backgrounds: list[Array] | None) -> None:
     """Splits and mergers of every image, or, in a picture, of those with the most."""
-    threshold = overall.get("warping_error_threshold")
-    if threshold is None:
-        raise BadInput("figure needs a truth with cells, got none")
+    threshold = overall["warping_error_threshold"]
     drawn = []
     for i, picture in enumerate(pictures):
         probability, target = picture.bordered()

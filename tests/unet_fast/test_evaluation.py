@@ -390,8 +390,9 @@ def test_what_cannot_be_drawn_is_refused(
     assert not (tmp_path / "e.png").exists()
 
 
-def test_a_figure_needs_a_cell(tmp_path: Path) -> None:
+def test_a_truth_without_a_cell_is_refused(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "t.tif", np.zeros((4, 4), np.uint8))
     tifffile.imwrite(tmp_path / "f.tif", np.ones((4, 4), np.uint8))
-    with pytest.raises(BadInput, match=r"^figure needs a truth with cells, got none$"):
-        evaluate(tmp_path / "f.tif", tmp_path / "t.tif", kind="binary", figure=tmp_path / "e.png")
+    for kind in ("auto", "binary", "instance"):
+        with pytest.raises(BadInput, match=r"t\.tif must have a cell to be found, got none in any image$"):
+            evaluate(tmp_path / "f.tif", tmp_path / "t.tif", kind=kind, wanted=("iou",))
