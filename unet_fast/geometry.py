@@ -10,6 +10,7 @@ Derivations: docs/mathematics.md, section 1.
 """
 
 __all__ = [
+    "arriving_size",
     "halo",
     "input_size",
     "legal_sizes",
@@ -72,6 +73,19 @@ def output_size(n: int, depth: int = 4, *, name: str = "tile_in") -> int:
     n = _whole(name, n)
     check_legal(n, depth, name=name)
     return n - 2 * halo(depth)
+
+
+def arriving_size(n: int, below: int) -> int:
+    """Rows (columns) of the up-convolved map that meets a skip of n rows with `below` levels of the U under it.
+
+    On the way down each level pools and loses 4, on the way up it doubles and loses 4. No check: n is of a legal tile,
+    and may be symbolic.
+
+    >>> [arriving_size(n, below) for n, below in ((568, 4), (280, 3), (136, 2), (64, 1))]  # figure 1 of the paper
+    [392, 200, 104, 56]
+    """
+    inner = n // 2 - 4
+    return 2 * (inner if below == 1 else arriving_size(inner, below - 1) - 4)
 
 
 def input_size(n: int, depth: int = 4, *, name: str = "tile_out") -> int:

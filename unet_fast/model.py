@@ -6,12 +6,13 @@ state_dicts that know those know these.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import unet_kernels
 
@@ -125,7 +126,7 @@ class Up(nn.Module):
         if self.activation:
             x = F.relu(x)
         if self.conv1.padding == (0, 0):
-            # the window itself, not the whole skip: what lies outside need not be kept alive
+            # FastUNet hands over the window; of a whole skip it is taken here
             skip = _centre(skip, x.shape[2], x.shape[3])
         elif x.shape[2:] != skip.shape[2:]:
             # an odd level lost its last row (column) to the pool: repeat the edge, invent no zeros
@@ -157,6 +158,8 @@ class FastUNet(nn.Module):
         last_up_channels: channels of the up-convolution to full resolution; None for features[0]. The release has 128.
         skips: False leaves the skip connections out, the paper's ablation.
         dropout: probability, on the two deepest levels of the contracting path, before pool and skip.
+        recompute: "none", or "level": training keeps what passes from level to level only and makes the rest again,
+            for less memory and a third more time; the same bits. May be set at any time; no part of `settings`.
 
     `normalisation`, None or a `Normalisation`, is what `unet_fast.predict` applies to images first; `unet_fast.save`
     keeps it with the weights.
@@ -182,6 +185,7 @@ class FastUNet(nn.Module):
         last_up_channels: int | None = None,
         skips: bool = True,
         dropout: float = 0.0,
+        recompute: str = "none",
     ) -> None:
         super().__init__()
         features = _expect_features(features)
@@ -198,7 +202,9 @@ class FastUNet(nn.Module):
             raise TypeError(f"dropout must be a number, got {dropout!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a probability, at least 0 and below 1, got {dropout!r}")
+        _expect_choice("recompute", recompute, ("none", "level"))
         self.features, self.padding, self.up_mode = features, padding, up_mode
+        self.recompute = recompute
         self._in_channels, self._out_channels = in_channels, out_channels
         self._settings = {
             "in_channels": in_channels,
@@ -272,12 +278,33 @@ class FastUNet(nn.Module):
         """Logits of x [N, in_channels, H, W], before any softmax."""
         self._check(x)
         skips: list[Tensor] = []
-        for level, down in enumerate(self.down):
-            x = down(F.max_pool2d(x, 2) if level else x)
-            skips.append(x)
+        for level in range(self.depth + 1):
+            x = self._step(self._down, x, level)
+            if level < self.depth:
+                skips.append(self._window(x, level))
         for level in reversed(range(self.depth)):
-            x = self.up[level](x, skips[level])
+            x = self._step(self.up[level], x, skips.pop())
         return self.head(x)
+
+    def _down(self, x: Tensor, level: int) -> Tensor:
+        return self.down[level](unet_kernels.max_pool2x2(x) if level else x)
+
+    def _window(self, skip: Tensor, level: int) -> Tensor:
+        """What the way up will see of a skip.
+
+        The view is taken here, on the way down: autograd goes backward in the order of making, and so lays the
+        window's gradient into zeros of the whole map's size only when this level's turn has come.
+        """
+        if self.padding == "same":
+            return skip
+        rows, columns = (geometry.arriving_size(n, self.depth - level) for n in skip.shape[2:])
+        return _centre(skip, rows, columns)
+
+    def _step(self, step: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """A level of the U; its inner maps are made again in the backward if `recompute` says so."""
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return step(*arguments)
+        return checkpoint(step, *arguments, use_reentrant=False)
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor):

@@ -14,6 +14,7 @@ from .conv3x3_relu import conv3x3_relu, conv3x3_relu_cat
 from .crop_concat import crop_concat
 from .elastic_warp import elastic_warp
 from .homotopic_warp import ERROR_KINDS, homotopic_warp
+from .max_pool2x2 import max_pool2x2
 from .rand_sums import rand_sums, watershed_cells
 from .up_conv import up_conv
 from .weighted_cross_entropy import head_cross_entropy, weighted_cross_entropy
@@ -32,6 +33,7 @@ __all__ = [
     "head_cross_entropy",
     "homotopic_warp",
     "lane",
+    "max_pool2x2",
     "native_libraries",
     "rand_sums",
     "two_nearest_cells",

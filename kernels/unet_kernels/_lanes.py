@@ -12,6 +12,7 @@ OPS = (
     "conv3x3_relu",
     "conv3x3_relu_cat",
     "up_conv",
+    "max_pool2x2",
     "crop_concat",
     "weighted_cross_entropy",
     "head_cross_entropy",

@@ -346,3 +346,16 @@ def test_importing_geometry_loads_neither_torch_nor_numpy_nor_the_kernels() -> N
         check=True,
     )
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("depth", range(1, 6))
+def test_what_arrives_at_a_skip_is_what_comes_from_below(depth: int) -> None:
+    for n in geometry.legal_sizes(1, 700, depth):
+        skips = [n - 4]
+        for _ in range(depth):
+            skips.append(skips[-1] // 2 - 4)
+        came = skips[depth]
+        for level in reversed(range(depth)):
+            assert geometry.arriving_size(skips[level], depth - level) == 2 * came
+            came = 2 * came - 4
+        assert came == geometry.output_size(n, depth)

@@ -102,6 +102,7 @@ CASES: dict[str, Case] = {
     "conv3x3_relu_cat": _case("conv3x3_relu_cat", _cat, ("up", "skip", "weight", "bias")),
     "up_conv deconv": _case("up_conv", _up, _XWB, mode="deconv"),
     "up_conv resize": _case("up_conv", _up, _XWB, mode="resize"),
+    "max_pool2x2": _case("max_pool2x2", lambda d: {"x": _conv(d)["x"]}, ("x",)),
     "crop_concat": _case(
         "crop_concat", lambda d: {k: v for k, v in _cat(d).items() if k in ("up", "skip")}, ("up", "skip")
     ),

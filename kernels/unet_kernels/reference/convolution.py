@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["conv3x3_relu", "conv3x3_relu_cat", "crop_concat", "crop_to", "uncrop", "up_conv"]
+__all__ = ["conv3x3_relu", "conv3x3_relu_cat", "crop_concat", "crop_to", "max_pool2x2", "uncrop", "up_conv"]
 
 
 def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True) -> Tensor:
@@ -38,6 +38,11 @@ def crop_concat(up: Tensor, skip: Tensor) -> Tensor:
 def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool = True) -> Tensor:
     """conv3x3_relu of crop_concat(up, skip)."""
     return conv3x3_relu(crop_concat(up, skip), weight, bias, relu)
+
+
+def max_pool2x2(x: Tensor) -> Tensor:
+    """[N, C, H, W] -> [N, C, H // 2, W // 2]."""
+    return F.max_pool2d(x, 2)
 
 
 def up_conv(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:

@@ -1,0 +1,80 @@
+"""max_pool2x2: torch's own, ties and NaN included, but for what it keeps."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import unet_kernels as uk
+from tests.proof.memory import LAYOUTS, awkward
+from tests.proof.properties import given, st
+from unet_kernels import _checks
+
+pytestmark = pytest.mark.usefixtures("on_device")
+
+DOORS = pytest.mark.parametrize("through_the_op", [False, True], ids=["door", "op"])
+
+
+@pytest.fixture
+def door(through_the_op: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if through_the_op:
+        monkeypatch.setattr(_checks, "ordinary_on_cpu", lambda tensor: False)
+
+
+def _with_gradient(pool: Any, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    y = pool(x)
+    return y, torch.autograd.grad(y, x, dy)[0]
+
+
+def _assert_is_torchs(x: Tensor) -> None:
+    dy = torch.randn(x.shape[0], x.shape[1], x.shape[2] // 2, x.shape[3] // 2).to(x.device, x.dtype)
+    ours, wanted = _with_gradient(uk.max_pool2x2, x, dy), _with_gradient(lambda x: F.max_pool2d(x, 2), x, dy)
+    for mine, theirs in zip(ours, wanted, strict=True):
+        assert mine.stride() == theirs.stride()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+# 0 and 1 are ties, 2 stands for NaN, 3 for infinity
+@DOORS
+@given(values=st.lists(st.integers(0, 3), min_size=30, max_size=30), rows=st.sampled_from([2, 3, 5, 6]))
+@pytest.mark.usefixtures("door")
+def test_ties_and_what_is_no_number_go_where_torch_sends_them(through_the_op: bool, values, rows: int) -> None:
+    special = torch.tensor([0.0, 1.0, float("nan"), float("inf")])
+    _assert_is_torchs(special[torch.tensor(values)].reshape(1, 1, -1, rows)[:, :, : 30 // rows])
+
+
+@DOORS
+@pytest.mark.usefixtures("door")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides_and_dtypes(layout: str, dtype: torch.dtype, through_the_op: bool, device: torch.device) -> None:
+    for shape in ((2, 3, 8, 6), (1, 1, 2, 2), (1, 5, 7, 9)):
+        _assert_is_torchs(awkward(torch.randn(shape).to(device, dtype), layout))
+
+
+@DOORS
+@pytest.mark.usefixtures("door")
+def test_only_the_input_is_kept(through_the_op: bool) -> None:
+    kept: list[Tensor] = []
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        uk.max_pool2x2(x)
+    assert [(t.data_ptr(), t.dtype) for t in kept] == [(x.data_ptr(), x.dtype)]
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "sentence"),
+    [
+        (torch.zeros(1, 1, 1, 4), ValueError, r"^x must have at least two rows and two columns, got 1x4$"),
+        (torch.zeros(1, 4, 4), ValueError, r"^x must be 4-D \[N, C, H, W\], got 3-D \[1, 4, 4\]$"),
+        (torch.zeros(1, 1, 4, 4, dtype=torch.int32), TypeError, r"^x must be floating"),
+        ([[1.0]], TypeError, r"^x must be a torch.Tensor \[N, C, H, W\], got list$"),
+    ],
+    ids=["small", "rank", "integers", "list"],
+)
+def test_bad_input_is_refused_in_a_sentence(x: Any, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        uk.max_pool2x2(x)
