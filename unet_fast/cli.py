@@ -58,6 +58,11 @@ class Preset(StrEnum):
     SMALL = "small"
 
 
+class Recompute(StrEnum):
+    NONE = "none"
+    LEVEL = "level"
+
+
 class UpMode(StrEnum):
     DECONV = "deconv"
     RESIZE = "resize"
@@ -170,6 +175,9 @@ def train(
     classes: Annotated[int | None, typer.Option("--classes", "-c", help="Classes, background included.")] = None,
     up_mode: Annotated[UpMode | None, typer.Option(help="Up-convolution: deconv (default) or resize.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout at the bottom of the net, default 0.5.")] = None,
+    recompute: Annotated[
+        Recompute | None, typer.Option(help="level: make maps again instead of keeping them; less memory, more time.")
+    ] = None,
     tile: Annotated[
         int | None, typer.Option(help="Side of a training tile; default: fits the images, 572 at most.")
     ] = None,

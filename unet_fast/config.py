@@ -57,6 +57,8 @@ class TrainConfig:
     classes: int | None = None
     up_mode: str = "deconv"
     dropout: float = 0.5
+    # "level": less memory, a third more time, the same bits
+    recompute: str = "none"
     # None: tiles that fit the images, 572 at most
     tile: int | None = None
     # the paper: one tile a step, momentum 0.99 so that many tiles decide an update
@@ -139,6 +141,7 @@ class TrainConfig:
         for name, choices in (
             ("label_kind", ("auto", "binary", "class", "instance")),
             ("up_mode", ("deconv", "resize")),
+            ("recompute", ("none", "level")),
             ("border_region", ("background", "all")),
         ):
             if getattr(self, name) not in choices:

@@ -59,7 +59,7 @@ LOG_COLUMNS = (
 )
 
 # a run may be continued with other values of these; all else must stay
-_FREE_ON_RESUME = ("out", "device", "log_every", "images", "labels")
+_FREE_ON_RESUME = ("out", "device", "recompute", "log_every", "images", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +127,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         torch.manual_seed(config.seed)
         model = FastUNet(data.channels, classes, config.features, up_mode=config.up_mode, dropout=config.dropout)
     model.to(device)
+    model.recompute = config.recompute
     model.normalisation = normalisation
     writable_folder(config.out)
     if progress:

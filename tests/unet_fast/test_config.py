@@ -35,6 +35,7 @@ VALUES: dict[str, Any] = {
     "up_mode": st.sampled_from(["deconv", "resize"]),
     "border_region": st.sampled_from(["background", "all"]),
     "dropout": share,
+    "recompute": st.sampled_from(["none", "level"]),
     "tile": st.none() | st.sampled_from(geometry.legal_sizes(1, 600, 2)),
     "batch": whole,
     "momentum": share,

@@ -242,6 +242,19 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(
     assert {n for n in names if "checkpoints" not in n} == {n for n in want if "checkpoints" not in n}
 
 
+def test_maps_that_are_made_again_change_no_bit_and_may_be_asked_for_at_any_time(
+    drawn: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_one_step", _after(4, training._Run._one_step))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(drawn, run, recompute="level"), progress=False)
+    train(config(drawn, run, recompute="none"), resume=True, progress=False)
+    weights, wanted = load(run).state_dict(), load(finished).state_dict()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+
+
 def test_killed_where_it_stood_a_run_ends_the_same(
     drawn: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
