@@ -4,7 +4,10 @@
 #ifndef UNET_COMPONENTS_H
 #define UNET_COMPONENTS_H
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #ifdef __CUDACC__
@@ -77,18 +80,59 @@ UNET_EACH void merge(const uint8_t *mask, int32_t *parents, int32_t pixel, int32
   if (above && x + 1 < width && mask[pixel - width + 1]) unite<Memory>(parents, pixel, pixel - width + 1);
 }
 
+// a stretch of a row that is inside
+struct Run {
+  int32_t begin, end; // columns
+};
+
+struct Runs {
+  std::vector<Run> runs;
+  std::vector<int32_t> parents, first_of_row;
+};
+
+// the first column from x on that is 0 (or 1); `width` if none is
+inline int32_t next(const uint8_t *row, int32_t x, int32_t width, int value) {
+  if (x == width) return width; // a row of no columns lies nowhere
+  const void *there = std::memchr(row + x, value, static_cast<size_t>(width - x));
+  return there ? static_cast<int32_t>(static_cast<const uint8_t *>(there) - row) : width;
+}
+
 // One image on one thread: ids 1, 2 .. in the order of the components' first pixels, 0 outside; returns their number.
-inline int32_t label(const uint8_t *mask, int32_t height, int32_t width, bool corners, int32_t *ids) {
-  const int32_t pixels = height * width;
-  for (int32_t p = 0; p < pixels; ++p) begin(mask, ids, p);
-  for (int32_t p = 0; p < pixels; ++p) merge<PlainMemory>(mask, ids, p, width, corners);
-  // A parent lies before its pixel, so it has its id already when the pixel's turn comes.
+// The nodes are runs of a row instead of pixels, united by the same steps; `pitch` is the distance of mask's rows.
+inline int32_t label(const uint8_t *mask, int64_t pitch, int32_t height, int32_t width, bool corners, int32_t *ids,
+                     Runs &s) {
+  s.runs.clear();
+  s.parents.clear();
+  s.first_of_row.assign(static_cast<size_t>(height) + 1, 0);
+  const int32_t reach = corners ? 1 : 0;
+  for (int32_t y = 0; y < height; ++y) {
+    const uint8_t *row = mask + y * pitch;
+    int32_t above = y ? s.first_of_row[y - 1] : 0;
+    const int32_t above_end = s.first_of_row[y];
+    for (int32_t x = 0;;) {
+      const int32_t begin = next(row, x, width, 1);
+      if (begin == width) break;
+      x = next(row, begin, width, 0);
+      const int32_t node = static_cast<int32_t>(s.runs.size());
+      s.runs.push_back({begin, x});
+      s.parents.push_back(node);
+      // runs of the row above come from left to right as well: those that end before this one touch none to come
+      while (above < above_end && s.runs[above].end + reach <= begin) ++above;
+      for (int32_t other = above; other < above_end && s.runs[other].begin < x + reach; ++other)
+        unite<PlainMemory>(s.parents.data(), node, other);
+    }
+    s.first_of_row[y + 1] = static_cast<int32_t>(s.runs.size());
+  }
+  // A parent lies before its run, so it has its id already when the run's turn comes; an id takes the parent's place.
   int32_t found = 0;
-  for (int32_t p = 0; p < pixels; ++p) {
-    if (ids[p] == kNoParent)
-      ids[p] = 0;
-    else
-      ids[p] = ids[p] == p ? ++found : ids[ids[p]];
+  for (int32_t y = 0; y < height; ++y) {
+    int32_t *row = ids + static_cast<int64_t>(y) * width;
+    std::fill(row, row + width, 0);
+    for (int32_t node = s.first_of_row[y]; node < s.first_of_row[y + 1]; ++node) {
+      const int32_t parent = s.parents[node];
+      s.parents[node] = parent == node ? ++found : s.parents[parent];
+      std::fill(row + s.runs[node].begin, row + s.runs[node].end, s.parents[node]);
+    }
   }
   return found;
 }

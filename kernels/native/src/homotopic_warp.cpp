@@ -47,10 +47,11 @@ constexpr std::array<bool, 256> simple_rings() {
 constexpr std::array<bool, 256> kSimple = simple_rings();
 
 struct Scratch {
-  std::vector<uint8_t> warped, cells, stale;
+  std::vector<uint8_t> warped, differs, stale;
   std::vector<uint64_t> order;
   std::vector<int64_t> mismatches, todo;
   std::vector<int32_t> ids;
+  unet::Runs components;
 };
 
 struct Slice {
@@ -68,22 +69,37 @@ int ring_at(const uint8_t *image, int64_t at, int64_t pitch) {
   return ring;
 }
 
+// A float is above `threshold`, compared in double, where it is above the greatest float that is not.
+float as_float(double threshold) {
+  const float nearest = static_cast<float>(threshold);
+  return static_cast<double>(nearest) > threshold ? std::nextafter(nearest, -INFINITY) : nearest;
+}
+
 // Leaves the warped truth in s.warped and what still differs in s.mismatches.
 void warp(const Slice &slice, Scratch &s) {
-  const int64_t padded_size = (slice.height + 2) * slice.pitch;
-  s.warped.assign(static_cast<size_t>(padded_size), 0);
-  s.cells.assign(static_cast<size_t>(padded_size), 0);
-  s.stale.assign(static_cast<size_t>(padded_size), 1);
+  const size_t padded_size = static_cast<size_t>((slice.height + 2) * slice.pitch);
+  s.warped.assign(padded_size, 0);
+  s.stale.assign(padded_size, 1);
+  s.differs.assign(static_cast<size_t>(slice.width) + 8, 0);
   s.order.clear();
+  const float threshold = as_float(slice.threshold);
   for (int64_t y = 0; y < slice.height; ++y) {
+    const float *prediction = slice.prediction + y * slice.width;
+    const uint8_t *truth = slice.truth + y * slice.width, *counted = slice.counted + y * slice.width;
+    std::copy_n(truth, slice.width, s.warped.data() + slice.padded(y, 0));
+    uint8_t *differs = s.differs.data();
+    for (int64_t x = 0; x < slice.width; ++x)
+      differs[x] = static_cast<uint8_t>((truth[x] ^ static_cast<uint8_t>(prediction[x] > threshold)) & counted[x]);
     for (int64_t x = 0; x < slice.width; ++x) {
-      const int64_t from = y * slice.width + x, to = slice.padded(y, x);
-      const float p = slice.prediction[from];
-      s.warped[to] = slice.truth[from];
-      s.cells[to] = static_cast<double>(p) > slice.threshold;
-      if (s.warped[to] == s.cells[to] || !slice.counted[from]) continue;
+      uint64_t eight;
+      std::memcpy(&eight, differs + x, sizeof eight); // nothing beyond the row differs
+      if (eight == 0) {
+        x += 7;
+        continue;
+      }
+      if (!differs[x]) continue;
       // the strongest disagreement first, then column by column: distances are not negative, so their bits sort as they
-      const float strength = static_cast<float>(std::fabs(static_cast<double>(p) - slice.threshold));
+      const float strength = static_cast<float>(std::fabs(static_cast<double>(prediction[x]) - slice.threshold));
       uint32_t bits;
       std::memcpy(&bits, &strength, sizeof bits);
       const uint32_t rank = std::isnan(strength) ? UINT32_MAX : ~bits; // NaN last, as numpy sorts
@@ -204,11 +220,9 @@ int32_t unet_homotopic_warp_cpu(const float *prediction, const uint8_t *truth, c
     uint8_t *kinds_here = kinds ? kinds + task * size : nullptr;
     if (kinds_here) std::fill(kinds_here, kinds_here + size, uint8_t{0});
     if (s.mismatches.empty()) return;
-    s.cells.resize(static_cast<size_t>(size)); // no longer needed: the warped truth without its margin
-    for (int64_t y = 0; y < height; ++y)
-      std::copy_n(s.warped.data() + slice.padded(y, 0), width, s.cells.data() + y * width);
     s.ids.resize(static_cast<size_t>(size));
-    unet::label(s.cells.data(), static_cast<int32_t>(height), static_cast<int32_t>(width), false, s.ids.data());
+    unet::label(s.warped.data() + slice.padded(0, 0), slice.pitch, static_cast<int32_t>(height),
+                static_cast<int32_t>(width), false, s.ids.data(), s.components);
     for (const int64_t where : s.mismatches) {
       const int64_t y = where / slice.pitch - 1, x = where % slice.pitch - 1;
       const uint8_t kind = kind_of(slice, s, y, x, radius);

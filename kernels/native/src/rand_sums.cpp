@@ -18,14 +18,17 @@ struct Scratch {
   std::vector<uint8_t> cells;
   std::vector<int32_t> segments;
   std::vector<int64_t> queue;
+  unet::Runs components;
   std::vector<std::pair<uint64_t, int64_t>> runs;
   std::vector<int64_t> of_segment;
 };
 
 // Floods the background from the cells, first come, first served; where two basins meet stands a dam of one pixel.
-int32_t watershed(const uint8_t *cells, int64_t height, int64_t width, int32_t *basins, std::vector<int64_t> &queue) {
+int32_t watershed(const uint8_t *cells, int64_t height, int64_t width, int32_t *basins, Scratch &s) {
   const int64_t size = height * width;
-  const int32_t found = unet::label(cells, static_cast<int32_t>(height), static_cast<int32_t>(width), false, basins);
+  std::vector<int64_t> &queue = s.queue;
+  const int32_t found = unet::label(cells, width, static_cast<int32_t>(height), static_cast<int32_t>(width), false,
+                                    basins, s.components);
   if (found == 0) {
     std::fill(basins, basins + size, 1); // a plain without a source is one basin
     return 1;
@@ -128,7 +131,7 @@ void add_up(const int32_t *truth, int64_t height, int64_t width, int32_t segment
 int32_t unet_watershed_cells_cpu(const uint8_t *mask, int64_t count, int64_t height, int64_t width, int32_t *basins) {
   return unet::for_each_task<Scratch>(count, [&](int64_t slice, Scratch &s) {
     const int64_t at = slice * height * width;
-    watershed(mask + at, height, width, basins + at, s.queue);
+    watershed(mask + at, height, width, basins + at, s);
   });
 }
 
@@ -144,9 +147,9 @@ int32_t unet_rand_sums_cpu(const float *prediction, const int32_t *truth, int64_
     for (int64_t p = 0; p < size; ++p)
       s.cells[p] = truth[at + p] >= 0 && static_cast<double>(prediction[at + p]) > threshold;
     const int32_t segment_count =
-        thinned ? watershed(s.cells.data(), height, width, s.segments.data(), s.queue)
-                : unet::label(s.cells.data(), static_cast<int32_t>(height), static_cast<int32_t>(width), false,
-                              s.segments.data());
+        thinned ? watershed(s.cells.data(), height, width, s.segments.data(), s)
+                : unet::label(s.cells.data(), width, static_cast<int32_t>(height), static_cast<int32_t>(width), false,
+                              s.segments.data(), s.components);
     add_up(truth + at, height, width, segment_count, s, squares + task * 4, logs + task * 3);
   });
 }
