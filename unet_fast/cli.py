@@ -100,7 +100,7 @@ def _sentences() -> Iterator[None]:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         details = str(error).splitlines() or ["nothing more is known"]
-        _stop(f"out of memory; a smaller --tile needs less ({details[0]})", OUT_OF_MEMORY)
+        _stop(f"out of memory; smaller images, or tiles (--tile), need less ({details[0]})", OUT_OF_MEMORY)
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
 
@@ -311,8 +311,11 @@ def evaluate(
     """Compare predictions with the truth: a row per image, and overall."""
     with _sentences():
         from .evaluation import evaluate
+        from .files import writable_folder
 
         wanted = None if metrics is None else tuple(metrics.replace(" ", "").split(","))
+        if csv is not None:
+            writable_folder(csv.parent)
         report = evaluate(
             pred,
             truth,
@@ -331,7 +334,7 @@ def evaluate(
         ):
             if names:
                 more = ", ..." if len(names) > 3 else ""
-                typer.echo(f"note: {len(names)} {what} ({', '.join(names[:3])}{more})", err=True)
+                typer.echo(f"note: {len(names)} {what} ({', '.join(names[:3])}{more}): not scored", err=True)
         typer.echo(_data(report.as_dict()) if as_json else report.table())
 
 

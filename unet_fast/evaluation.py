@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 import unet_kernels
 
 from . import figures, metrics
-from .data import agreed, label_facts, label_values, read_labels, understand
+from .data import agreed, check_same_size, label_facts, label_values, read_labels, understand
 from .errors import BadInput
-from .files import list_images, read_stack
+from .files import Stack, list_images, read_stack, writable_folder
 from .pairs import Pairing, pair
 from .scores import Report
 
@@ -87,6 +87,8 @@ def evaluate(
         raise BadInput(f"figure must end in {', '.join(_FIGURES)}, got {figure.name}")
     if figure is None and images is not None:
         raise BadInput("images are for the figure to be drawn on; name a figure")
+    if figure is not None:
+        writable_folder(figure.parent)
     pairing = _paired(prediction, truth)
     if not pairing.pairs:
         raise BadInput(f"{prediction} and {truth} have no name in common")
@@ -98,17 +100,28 @@ def evaluate(
     else:
         kind = agreed(kind, facts, truth)
     classes = max(2, facts["highest"] + 1) if kind == "class" else 2
-    if kind != "class" and not any((values > 0).any() for values in truths):
+    if facts["highest"] == 0 and kind != "class":
         raise BadInput(f"{truth} must have a cell to be found, got none in any image")
-    wanted = _applicable(wanted, kind, classes, figure is not None)
-    pictures = [
-        _Image.of(name, planes, ids, kind, classes)
-        for (stack, _), values in zip(stacks, truths, strict=True)
-        for name, planes, ids in zip(stack.names, stack.pixels, values, strict=True)
-    ]
-    backgrounds = _backgrounds(images, [path for _, path in pairing.pairs]) if images is not None else None
-    counters = [_Counts.of(picture, classes, wanted) for picture in pictures]
+    scored = _applicable(wanted, kind, classes, figure is not None)
+    masks = kind != "class" and not pairing.tracking and _are_masks(prediction, [stack for stack, _ in stacks])
+    backgrounds = None
+    if images is not None:
+        backgrounds = _backgrounds(
+            images, [(label, stack) for (_, label), (stack, _) in zip(pairing.pairs, stacks, strict=True)]
+        )
+
+    counters, pictures = [], []
+    for (stack, _), values in zip(stacks, truths, strict=True):
+        for name, planes, ids in zip(stack.names, stack.pixels, values, strict=True):
+            picture = _Image.of(name, planes, ids, kind, classes, masks)
+            counters.append(_Counts.of(picture, classes, scored))
+            if figure is not None:
+                pictures.append(picture)
     overall = _Counts.pooled(counters).row()
+    for name in (*(wanted or ()), *(["warping_error"] if figure is not None else [])):
+        if name in _CHALLENGE and name not in overall:
+            left = " once a border is cut between those that touch" if kind == "instance" else ""
+            raise BadInput(f"{truth} must have a cell for {name}, got none{left}")
     if figure is not None:
         _draw(figure, pictures, overall, backgrounds)
     return Report(
@@ -147,8 +160,23 @@ def _paired(prediction: Path, truth: Path) -> Pairing:
 
 
 def _looks_like_labels(path: Path) -> bool:
-    # a palette's indices are the labels; a TIFF's channels may be probabilities
-    return path.suffix.lower() == ".png"
+    # a palette's indices are the labels, and JPEG changes them; a TIFF's channels may be probabilities
+    return path.suffix.lower() in (".png", ".jpg", ".jpeg")
+
+
+def _are_masks(prediction: Path, stacks: Sequence[Stack]) -> bool:
+    """Whether predictions of whole numbers are masks, whose components are the cells, or ids of cells.
+
+    Decided once for all of them: one image with a single cell does not make its id a mask.
+    """
+    whole = [stack.pixels[:, 0] for stack in stacks if stack.pixels.dtype.kind != "f"]
+    facts = label_facts(whole)
+    if facts["in_one_piece"] is not None and facts["in_one_piece"] < 0.5:
+        raise BadInput(
+            f"{prediction} holds neither masks nor cell ids: {1 - facts['in_one_piece']:.0%} of its values lie in "
+            "several pieces; probabilities in grey values, divided by the greatest, must be saved as float32"
+        )
+    return len(facts["values"]) <= 1
 
 
 @dataclass(frozen=True)
@@ -163,13 +191,16 @@ class _Image:
     found_cells: Array | None
 
     @classmethod
-    def of(cls, name: str, planes: Array, ids: Array, kind: str, classes: int) -> "_Image":
+    def of(cls, name: str, planes: Array, ids: Array, kind: str, classes: int, masks: bool) -> "_Image":
         probability, labels = _prediction(name, planes, kind, classes)
         if kind == "class":
-            return cls(name, ids, labels, probability, None, None)
-        mask = np.where(ids < 0, -1, ids > 0)
-        cells = ids if kind == "instance" else metrics.components(mask)
-        return cls(name, mask, (labels > 0).astype(np.int64), probability, cells, _cells(labels))
+            return cls(name, ids.astype(np.int16), labels.astype(np.int16), probability, None, None)
+        mask = np.where(ids < 0, -1, ids > 0).astype(np.int8)
+        cells = ids.astype(np.int32) if kind == "instance" else metrics.components(mask)
+        # what is no whole number was cut at a threshold
+        single = masks or planes.dtype.kind == "f"
+        found = metrics.components(labels > 0) if single else _renumbered(labels)
+        return cls(name, mask, (labels > 0).astype(np.int8), probability, cells, found)
 
     def bordered(self) -> tuple[Array, Array]:
         """Probability and truth as the EM challenge has them: with a border between cells that touch."""
@@ -179,8 +210,16 @@ class _Image:
         return np.where(lost, 0, self.probability), np.where(self.target < 0, -1, _cut(self.true_cells) > 0)
 
 
+def _renumbered(ids: Array) -> Array:
+    """The same cells with ids that fit 32 bits."""
+    if ids.max() < 2**31:
+        return ids.astype(np.int32)
+    values, numbers = np.unique(ids, return_inverse=True)
+    return numbers.reshape(ids.shape).astype(np.int32) + np.int32(values[0] != 0)
+
+
 def _cut(cells: Array) -> Array:
-    return unet_kernels.cut_gap(torch.from_numpy(cells.astype(np.int64))[None])[0].numpy()
+    return unet_kernels.cut_gap(torch.from_numpy(cells)[None])[0].numpy()
 
 
 @dataclass
@@ -296,10 +335,6 @@ def _draw(path: Path, pictures: Sequence[_Image], overall: dict[str, Any], backg
         probability, target = picture.bordered()
         kinds = metrics.warping_map(np.where(target < 0, 0, probability), target.astype(np.int8), threshold)
         grey = picture.probability if backgrounds is None else backgrounds[i]
-        if grey.shape != kinds.shape:
-            raise BadInput(
-                f"the image of {picture.name} must be {_by(kinds.shape)} like its truth, got {_by(grey.shape)}"
-            )
         places = metrics.error_places(kinds)
         title = f"{picture.name}: {_several(places['split'], 'split')}, {_several(places['merge'], 'merger')}"
         drawn.append((title, grey, kinds, sum(places.values())))
@@ -312,18 +347,18 @@ def _several(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _backgrounds(images: Path, truths: Sequence[Path]) -> list[Array]:
-    """The image of each slice of the truths, [H, W], channels averaged."""
-    folder = truths[0] if images.is_file() else truths[0].parent
-    partner = {label: image for image, label in pair(images, folder).pairs}
-    missing = [t.name for t in truths if t not in partner]
-    if missing:
-        raise BadInput(f"{images} has no image for {missing[0]}")
-    return [plane.mean(axis=0) for t in truths for plane in read_stack(partner[t]).pixels]
+def _backgrounds(images: Path, compared: Sequence[tuple[Path, Stack]]) -> list[Array]:
+    """The image of each slice that is compared, [H, W], channels averaged; (label file, prediction) each."""
+    first = compared[0][0]
+    partner = {label: image for image, label in pair(images, first if images.is_file() else first.parent).pairs}
+    planes = []
+    for label, prediction in compared:
+        if label not in partner:
+            raise BadInput(f"{images} has no image for {label.name}")
+        image = read_stack(partner[label])
+        check_same_size(image, prediction)
+        planes += [channels.mean(axis=0) for channels in image.pixels]
+    return planes
 
 
 def _mean(values: Array) -> float:
@@ -341,6 +376,8 @@ def _prediction(name: str, planes: Array, kind: str, classes: int) -> tuple[Arra
         return planes[-1], (planes[-1] > 0.5).astype(np.int64)
     if len(planes) != 1:
         raise BadInput(f"{name} holds {len(planes)} channels of whole numbers; expected one channel of labels")
+    if planes.dtype == np.uint64 and planes.max() >= 2**63:
+        raise BadInput(f"{name} has label {planes.max()}, which does not fit 63 bits; renumber them from 1")
     labels = planes[0].astype(np.int64)
     if labels.min() < 0:
         raise BadInput(f"{name} must hold labels of 0 and above, got {labels.min()}")
@@ -349,10 +386,3 @@ def _prediction(name: str, planes: Array, kind: str, classes: int) -> tuple[Arra
             f"{name} has label {labels.max()}, the truth has classes 0 to {classes - 1}; are these cell ids?"
         )
     return (labels > 0).astype(np.float32), labels
-
-
-def _cells(labels: Array) -> Array:
-    """Cell ids as they are; of a mask, its components."""
-    positive = labels[labels > 0]
-    is_mask = positive.size == 0 or bool((positive == positive[0]).all())
-    return metrics.components(labels > 0) if is_mask else labels

@@ -377,7 +377,7 @@ def test_a_sheet_of_errors_is_drawn(tmp_path: Path, stack: tuple[Path, Path]) ->
     [
         ("e.gif", None, r"^figure must end in \.png, \.pdf, \.svg, \.tif, \.tiff, got e\.gif$"),
         (None, "found.tif", r"^images are for the figure to be drawn on; name a figure$"),
-        ("e.png", "small.tif", r"^the image of found\.tif\[0\] must be 96x96 like its truth, got 8x8$"),
+        ("e.png", "small.tif", r"found\.tif is 3 slices of 96x96, small\.tif is 3 slices of 8x8$"),
         ("e.png", "nowhere.tif", r"nowhere\.tif does not exist$"),
     ],
 )
@@ -396,3 +396,86 @@ def test_a_truth_without_a_cell_is_refused(tmp_path: Path) -> None:
     for kind in ("auto", "binary", "instance"):
         with pytest.raises(BadInput, match=r"t\.tif must have a cell to be found, got none in any image$"):
             evaluate(tmp_path / "f.tif", tmp_path / "t.tif", kind=kind, wanted=("iou",))
+
+
+def test_what_a_border_leaves_nothing_of_has_no_such_score(tmp_path: Path) -> None:
+    # cells one pixel wide, each touching the next: cutting a border between them takes them all
+    columns = np.repeat(np.arange(1, 9, dtype=np.uint8)[None], 6, axis=0)
+    tifffile.imwrite(tmp_path / "t.tif", columns)
+    sentence = r"t\.tif must have a cell for warping_error, got none once a border is cut between those that touch$"
+    for more in ({"wanted": ("warping_error",)}, {"figure": tmp_path / "e.png"}):
+        with pytest.raises(BadInput, match=sentence):
+            evaluate(tmp_path / "t.tif", tmp_path / "t.tif", kind="instance", **more)
+    assert evaluate(tmp_path / "t.tif", tmp_path / "t.tif", kind="instance", wanted=("all",)).overall["seg"] == 1
+
+
+# ---------------------------------------------------------------------------------- what predictions are taken for
+
+
+def test_a_single_cell_in_two_pieces_is_one_cell(tmp_path: Path) -> None:
+    one = np.zeros((12, 12), np.uint16)
+    one[2:6, 2:6] = one[6:10, 6:10] = 5
+    two = np.where(np.arange(12) < 6, 3, 9).astype(np.uint16)[None].repeat(12, 0)
+    for name, frames in (("01_RES/mask00{}.tif", (one, two)), ("01_GT/SEG/man_seg00{}.tif", (one, two))):
+        (tmp_path / name).parent.mkdir(parents=True)
+        for i, frame in enumerate(frames):
+            tifffile.imwrite(tmp_path / name.format(i), frame)
+    report = evaluate(tmp_path / "01_RES", tmp_path / "01_GT")
+    assert [row["seg"] for row in (*report.images, report.overall)] == [1, 1, 1]
+    # likewise of other layouts, as long as some image shows that values are ids
+    found = _write(tmp_path / "found", [one, two])
+    report = evaluate(found, _write(tmp_path / "truth", [one, two]), kind="instance")
+    assert [row["predicted_cells"] for row in report.images] == [1, 2]
+
+
+@pytest.mark.parametrize("suffix", ["tif", "png"])
+def test_grey_values_are_no_cells(tmp_path: Path, stack: tuple[Path, Path], suffix: str) -> None:
+    grey = (tifffile.imread(stack[0]) * 255).astype(np.uint8)[0]
+    (tmp_path / "grey").mkdir()
+    Image.fromarray(grey).save(tmp_path / f"grey.{suffix}")
+    tifffile.imwrite(tmp_path / "one.tif", tifffile.imread(stack[1])[0])
+    sentence = r"grey\.\w+ holds neither masks nor cell ids: \d+% of its values lie in several pieces; probabilities in"
+    with pytest.raises(BadInput, match=sentence):
+        evaluate(tmp_path / f"grey.{suffix}", tmp_path / "one.tif")
+
+
+def test_jpeg_holds_no_labels(tmp_path: Path) -> None:
+    mask = np.kron(np.eye(4, dtype=np.uint8) * 255, np.ones((8, 8), np.uint8))
+    Image.fromarray(mask).save(tmp_path / "f.jpg")
+    tifffile.imwrite(tmp_path / "t.tif", mask)
+    with pytest.raises(BadInput, match=r"f\.jpg holds labels as JPEG, which changes ids"):
+        evaluate(tmp_path / "f.jpg", tmp_path / "t.tif")
+
+
+@pytest.mark.parametrize(("dtype", "high"), [(np.uint32, 4_000_000_000), (np.uint64, 2**62)])
+def test_ids_may_be_as_large_as_they_like(tmp_path: Path, dtype: type, high: int) -> None:
+    truth = np.array([[1, 1, 2, 2, 0, 3]] * 3, np.uint8)
+    tifffile.imwrite(tmp_path / "t.tif", truth)
+    tifffile.imwrite(tmp_path / "f.tif", np.where(truth > 0, high - truth.astype(dtype), 0).astype(dtype))
+    overall = evaluate(tmp_path / "f.tif", tmp_path / "t.tif", kind="instance", wanted=("all",)).overall
+    assert (overall["seg"], overall["adapted_rand_error"], overall["cell_iou"]) == (1, 0, 1)
+
+
+def test_ids_beyond_63_bits_are_refused(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "t.tif", np.array([[1, 0]] * 2, np.uint8))
+    tifffile.imwrite(tmp_path / "f.tif", np.array([[2**63, 0]] * 2, np.uint64))
+    with pytest.raises(BadInput, match=r"^f\.tif has label 9223372036854775808, which does not fit 63 bits"):
+        evaluate(tmp_path / "f.tif", tmp_path / "t.tif")
+
+
+def test_images_have_the_slices_of_what_is_drawn(tmp_path: Path, stack: tuple[Path, Path]) -> None:
+    tifffile.imwrite(tmp_path / "short.tif", np.zeros((2, 96, 96), np.uint8), photometric="minisblack")
+    with pytest.raises(BadInput, match=r"found\.tif is 3 slices of 96x96, short\.tif is 2 slices of 96x96$"):
+        evaluate(*stack, figure=tmp_path / "e.png", images=tmp_path / "short.tif")
+
+
+@pytest.mark.parametrize("option", ["--csv", "--figure"])
+def test_a_place_that_cannot_be_written_is_known_before_the_work(
+    tmp_path: Path, stack: tuple[Path, Path], option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setattr("unet_fast.evaluation.read_stack", lambda *_, **__: pytest.fail("work began"))
+    words = ["evaluate", "-p", str(stack[0]), "--truth", str(stack[1]), option, str(tmp_path / "taken/o.png")]
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, done.stdout) == (3, "")
+    assert "taken" in done.stderr

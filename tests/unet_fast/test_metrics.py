@@ -543,6 +543,7 @@ def test_instance_maps_are_integers(measure, dtype) -> None:
     here = np.ones((2, 2), int)
     for name, arguments in (("prediction", (here.astype(dtype), here)), ("truth", (here, here.astype(dtype)))):
         sentence = f"{name} must hold integer ids, got {np.dtype(dtype)}; components(mask) makes them of a mask"
+        sentence += ", .astype(int) integers of whole numbers" if dtype is np.float32 else ""
         expect(TypeError, sentence, lambda arguments=arguments: measure(*arguments))
 
 

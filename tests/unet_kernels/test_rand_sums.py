@@ -207,6 +207,17 @@ def test_any_integer_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(uk.watershed_cells(odd), uk.watershed_cells(truth))
 
 
+def test_sums_of_large_cells_do_not_overflow() -> None:
+    whole = torch.ones(1, 300, 300)
+    pixels = 300 * 300
+    assert uk.rand_sums(whole, whole.int(), [0.5])[0].tolist() == [[[pixels, pixels**2, pixels**2, pixels**2]]]
+
+
+def test_ids_that_differ_in_their_highest_bits_are_different_cells() -> None:
+    truth = torch.tensor([[[1, 1, 1 + 2**24, 1 + 2**24, 1 + 2**30, 1 + 2**30]]], dtype=torch.int32)
+    assert uk.rand_sums(torch.ones(1, 1, 6), truth, [0.5])[0].tolist() == [[[6, 12, 36, 12]]]
+
+
 def test_any_strides() -> None:
     prediction, truth = (torch.from_numpy(i) for i in _images(4))
     turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (prediction, truth)]

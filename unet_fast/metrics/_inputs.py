@@ -57,7 +57,10 @@ def instance_maps(prediction: ArrayLike, truth: ArrayLike) -> tuple[NDArray[Any]
     for name, ids in (("prediction", p), ("truth", t)):
         # a mask would be one cell, which is never what is meant
         if ids.dtype.kind not in "iu":
-            raise TypeError(f"{name} must hold integer ids, got {ids.dtype}; components(mask) makes them of a mask")
+            hint = ", .astype(int) integers of whole numbers" if ids.dtype.kind == "f" else ""
+            raise TypeError(
+                f"{name} must hold integer ids, got {ids.dtype}; components(mask) makes them of a mask{hint}"
+            )
     return p, t
 
 

@@ -48,7 +48,7 @@ constexpr std::array<bool, 256> kSimple = simple_rings();
 
 struct Scratch {
   std::vector<uint8_t> warped, differs, stale;
-  std::vector<uint64_t> order;
+  std::vector<uint64_t> order, spare;
   std::vector<int64_t> mismatches, todo;
   std::vector<int32_t> ids;
   unet::Runs components;
@@ -67,6 +67,28 @@ int ring_at(const uint8_t *image, int64_t at, int64_t pitch) {
   int ring = 0;
   for (int i = 0; i < 8; ++i) ring |= (image[at + kRow[i] * pitch + kColumn[i]] ? 1 : 0) << i;
   return ring;
+}
+
+// Ascending, by digits of 11 bits; a digit that all have alike is passed over.
+void sort(std::vector<uint64_t> &keys, std::vector<uint64_t> &other) {
+  if (keys.size() < 1024) {
+    std::sort(keys.begin(), keys.end());
+    return;
+  }
+  other.resize(keys.size());
+  for (int shift = 0; shift < 64; shift += 11) {
+    std::array<size_t, 2048> place{};
+    for (const uint64_t key : keys) ++place[(key >> shift) & 2047];
+    if (place[(keys[0] >> shift) & 2047] == keys.size()) continue;
+    size_t before = 0;
+    for (size_t &each : place) {
+      const size_t count = each;
+      each = before;
+      before += count;
+    }
+    for (const uint64_t key : keys) other[place[(key >> shift) & 2047]++] = key;
+    keys.swap(other);
+  }
 }
 
 // A float is above `threshold`, compared in double, where it is above the greatest float that is not.
@@ -106,7 +128,7 @@ void warp(const Slice &slice, Scratch &s) {
       s.order.push_back(uint64_t{rank} << 32 | static_cast<uint32_t>(x * slice.height + y));
     }
   }
-  std::sort(s.order.begin(), s.order.end());
+  sort(s.order, s.spare);
   s.mismatches.clear();
   for (const uint64_t key : s.order) {
     const int64_t place = static_cast<uint32_t>(key);
