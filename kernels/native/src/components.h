@@ -1,6 +1,6 @@
-// Connected components by union-find, as steps of one pixel each, for C++ and CUDA from the same source. A pixel's parent
-// is a pixel of its component at or before it, so the root that remains is the component's first pixel in raster order.
-// The steps of `merge` may run in any order and all at once: a parent only ever falls, by an atomic minimum.
+// Connected components by union-find, in steps that C++ and CUDA share. A node is a pixel on a GPU and a run of a row on a
+// CPU; its parent is a node of its component at or before it, so the root that remains is the component's first in raster
+// order. The steps may run in any order and all at once: a parent only ever falls, by an atomic minimum.
 #ifndef UNET_COMPONENTS_H
 #define UNET_COMPONENTS_H
 
