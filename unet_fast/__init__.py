@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import geometry, metrics
+    from . import geometry, memory, metrics
     from .augment import ElasticWarp
     from .config import TrainConfig
     from .data import class_balance
@@ -29,6 +29,7 @@ __all__ = [
     "class_balance",
     "geometry",
     "load",
+    "memory",
     "metrics",
     "plan_tiles",
     "predict",
@@ -51,7 +52,7 @@ _HOMES = {
     "save": "storage",
     "train": "training",
 }
-_MODULES = ("geometry", "metrics")
+_MODULES = ("geometry", "memory", "metrics")
 
 
 def __getattr__(name: str) -> Any:

@@ -283,7 +283,9 @@ class FastUNet(nn.Module):
             if level < self.depth:
                 skips.append(self._window(x, level))
         for level in reversed(range(self.depth)):
-            x = self._step(self.up[level], x, skips.pop())
+            # a view of its own: backward hooks of this level are called when the level is done, not the window
+            skip = skips.pop()
+            x = self._step(self.up[level], x, skip.view_as(skip))
         return self.head(x)
 
     def _down(self, x: Tensor, level: int) -> Tensor:

@@ -989,3 +989,12 @@ def test_settings_after_the_features_must_be_named() -> None:
 def test_the_repr_says_what_it_is() -> None:
     shown = repr(FastUNet(3, 5, (4, 8), padding="same"))
     assert shown.startswith("FastUNet(\n  3, 5, features=(4, 8), padding='same'")
+
+
+def test_backward_hooks_of_a_level_are_called_when_it_is_done() -> None:
+    net, called = FastUNet(features=(4, 8, 16)), []
+    for kind in ("up", "down"):
+        for level, module in enumerate(getattr(net, kind)):
+            module.register_full_backward_hook(lambda *_, name=f"{kind}.{level}": called.append(name))
+    net(torch.randn(1, 1, 60, 60, requires_grad=True)).sum().backward()
+    assert called == ["up.0", "up.1", "down.2", "down.1", "down.0"]

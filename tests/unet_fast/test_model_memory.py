@@ -4,43 +4,12 @@ Dynamic peak: what a step holds at most above parameters and optimizer state, by
 take the registered path of every op, which is CUDA's.
 """
 
-from collections.abc import Callable
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 
+from tests.unet_fast.fake_steps import dynamic_peak
 from tests.unet_fast.plain_unet import PlainUNet
-from unet_fast import FastUNet, geometry
-
-
-def dynamic_peak(make: Callable[[], nn.Module], tile_in: int, dtype: torch.dtype) -> int:
-    """Bytes above weights and momentum in the second of two steps of SGD."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with FakeTensorMode():
-            net, tile_out = make(), geometry.output_size(tile_in)
-            x, target = torch.randn(1, 1, tile_in, tile_in), torch.zeros(1, tile_out, tile_out, dtype=torch.long)
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.99)
-            tracker = MemTracker()
-            tracker.track_external(net, optimizer, x, target)
-            with tracker:
-                for step in range(2):
-                    F.cross_entropy(net(x).float(), target).backward()
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    if step == 0:
-                        tracker.reset_mod_stats()
-        (peak,) = tracker.get_tracker_snapshot("peak").values()
-    finally:
-        torch.set_default_dtype(before)
-    parts = {str(name): size for name, size in peak.items()}
-    static = sum(size for name, size in parts.items() if name.endswith(("PARAM", "OPT")))
-    return parts["Total"] - static
+from unet_fast import FastUNet
 
 
 @pytest.fixture(scope="module")
