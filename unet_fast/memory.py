@@ -290,13 +290,13 @@ class _Step:
             self.rename("dz", "dx")
         self.convolution_backward(whole, [("dx", plan.map(f"down.{level}.conv1"))], True)
         made = [("dx", plan.map(f"pool.{level}"))] if level else []
-        self.convolution_backward(f"down.{level}.conv1", made, True)
+        self.convolution_backward(f"down.{level}.conv1", made, True, f"pool.{level}")
         if level:
             self.rename("dx", "dpool")
             pooled = plan.maps[f"pool.{level}"].bytes(plan.batch)
             make("places of maxima", pooled * (8 + plan.value), "workspace")
             make("dx", plan.map(f"down.{level - 1}.conv2"), "gradients")
-            drop("places of maxima", "dpool", f"pool.{level}")
+            drop("places of maxima", "dpool")
 
 
 def estimate(
