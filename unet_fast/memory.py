@@ -144,6 +144,7 @@ class _Step:
 
     def __init__(self, plan: _Plan, recompute: bool) -> None:
         self.plan, self.recompute, self.ledger = plan, recompute, _Ledger()
+        self.dropout = plan.dropout
 
     # ---- forward
 
@@ -181,10 +182,11 @@ class _Step:
         return f"dropped.{level}" if self.dropped(level) else f"down.{level}.conv2"
 
     def dropped(self, level: int) -> bool:
-        return self.plan.dropout > 0 and level >= self.plan.depth - 1
+        return self.dropout > 0 and level >= self.plan.depth - 1
 
     def predict(self) -> None:
         depth, drop = self.plan.depth, self.ledger.drop
+        self.dropout = 0.0
         for level in range(depth + 1):
             self.down(level)
             drop(*self.inner("down", level))
@@ -378,8 +380,8 @@ def estimate(
     )
 
 
-def largest_tile(budget_bytes: int, model: FastUNet, **settings: Any) -> Estimate:
-    """The largest square tile that a budget allows, as its `estimate`.
+def largest_tile(budget_bytes: float, model: FastUNet, **settings: Any) -> int:
+    """Rows, and columns, of the largest square tile whose `estimate` a budget allows.
 
     Args:
         budget_bytes: for everything: weights, optimizer, maps, allowances.
@@ -389,24 +391,23 @@ def largest_tile(budget_bytes: int, model: FastUNet, **settings: Any) -> Estimat
     Raises:
         ValueError: not even the smallest tile fits; says what that would take.
 
-    >>> largest_tile(6_000_000_000, FastUNet.paper()).tile_in
-    (1468, 1468)
+    >>> largest_tile(6e9, FastUNet.paper())
+    1468
     """
     step = geometry.step_multiple(model.depth)
     # legal sizes are a step apart
     smallest = geometry.legal_sizes(1, 100 * step, model.depth)[0]
 
-    def of(steps: int) -> Estimate:
-        return estimate(model, smallest + steps * step, **settings)
+    def total(steps: int) -> int:
+        return estimate(model, smallest + steps * step, **settings).total
 
-    least = of(0)
-    if least.total > budget_bytes:
+    if total(0) > budget_bytes:
         place = f"the smallest tile, {smallest} x {smallest}"
-        raise ValueError(f"budget_bytes must be at least {least.total}, for {place}, got {budget_bytes}")
+        raise ValueError(f"budget_bytes must be at least {total(0)}, for {place}, got {budget_bytes:.0f}")
     fits, too_large = 0, 1
-    while of(too_large).total <= budget_bytes:
+    while total(too_large) <= budget_bytes:
         fits, too_large = too_large, 2 * too_large
     while too_large - fits > 1:
         middle = (fits + too_large) // 2
-        fits, too_large = (middle, too_large) if of(middle).total <= budget_bytes else (fits, middle)
-    return of(fits)
+        fits, too_large = (middle, too_large) if total(middle) <= budget_bytes else (fits, middle)
+    return smallest + fits * step

@@ -71,6 +71,11 @@ def test_the_ablation_without_skips_is_within_some_percent() -> None:
     assert estimate(meta(skips=False), 188).dynamic == pytest.approx(real, rel=0.03)
 
 
+def test_a_prediction_drops_nothing_out() -> None:
+    with_dropout, without = (estimate(meta(dropout=p), 188, mode="predict") for p in (0.5, 0.0))
+    assert with_dropout == without
+
+
 def test_parts_add_up() -> None:
     for mode in ("train", "predict"):
         found = estimate(meta(), 572, mode=mode, workspace=7, context=11)
@@ -101,9 +106,8 @@ def test_a_tile_costs_next_to_no_time() -> None:
 def test_the_largest_tile_fits_and_the_next_does_not(mode: str) -> None:
     net = meta()
     for budget in (10**9, 4 * 10**9, 6 * 10**9, 24 * 10**9):
-        found = largest_tile(budget, net, mode=mode)
-        assert found.total <= budget < estimate(net, found.tile_in[0] + 16, mode=mode).total
-        assert found == estimate(net, found.tile_in, mode=mode)
+        tile_in = largest_tile(budget, net, mode=mode)
+        assert estimate(net, tile_in, mode=mode).total <= budget < estimate(net, tile_in + 16, mode=mode).total
 
 
 def test_larger_tiles_need_more() -> None:
