@@ -257,7 +257,10 @@ def predict(
     output: Annotated[Output, typer.Option(help="Classes, numbered cells, or the probability of each class.")] = (
         Output.LABELS
     ),
-    tile: Annotated[int | None, typer.Option(help="Side of a tile; default: fits the image.")] = None,
+    tile: Annotated[int | None, typer.Option(help="Side of a tile; default: fits the image, 572 at most.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Instead of --tile: the largest tiles whose counted bytes fit, such as 6GB.")
+    ] = None,
     axes: Axes = None,
     threshold: Annotated[
         float | None, typer.Option(help="Probability above which a pixel is a cell; default: the likelier class.")
@@ -279,6 +282,7 @@ def predict(
             output=output.value,
             axes=axes,
             tile_in=tile,
+            memory=memory,
             threshold=threshold,
             min_pixels=min_pixels,
             progress=not quiet,

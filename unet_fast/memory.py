@@ -6,6 +6,7 @@ what a step keeps); the greatest sum met is the peak. Nothing is allocated, no t
 and `context` are allowances. Symbols as in `FastUNet`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,12 @@ import torch
 from . import geometry
 from .model import FastUNet
 
-__all__ = ["Estimate", "estimate", "largest_tile"]
+__all__ = ["Estimate", "bytes_of", "estimate", "largest_tile"]
+
+# 1 GB = 1e9 bytes, 1 GiB = 2^30
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
+_UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
 
 # bytes a parameter that the optimizer keeps: one or two maps of the parameter's own dtype
 _STATE = {"sgd": 0, "momentum": 1, "adam": 2}
@@ -380,6 +386,25 @@ def estimate(
     )
 
 
+def bytes_of(text: str | float) -> int:
+    """A number of bytes as people write it: 6GB (6e9), 6GiB (6 x 2^30), 500 MB, 1e9.
+
+    Raises:
+        ValueError: it is none, or not above 0.
+
+    >>> bytes_of("6GB"), bytes_of("1.5 GiB"), bytes_of(4e9)
+    (6000000000, 1610612736, 4000000000)
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
+    try:
+        number = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
+    except (KeyError, ValueError):
+        number = 0.0
+    if not 1 <= number < 2**63:
+        raise ValueError(f"memory must be a size such as 6GB, 500MB or 4GiB, got {text}")
+    return int(number)
+
+
 def largest_tile(budget_bytes: float, model: FastUNet, **settings: Any) -> int:
     """Rows, and columns, of the largest square tile whose `estimate` a budget allows.
 
@@ -403,7 +428,7 @@ def largest_tile(budget_bytes: float, model: FastUNet, **settings: Any) -> int:
 
     if total(0) > budget_bytes:
         place = f"the smallest tile, {smallest} x {smallest}"
-        raise ValueError(f"budget_bytes must be at least {total(0)}, for {place}, got {budget_bytes:.0f}")
+        raise ValueError(f"a budget must be at least {total(0)} bytes, for {place}, got {budget_bytes:.0f}")
     fits, too_large = 0, 1
     while total(too_large) <= budget_bytes:
         fits, too_large = too_large, 2 * too_large

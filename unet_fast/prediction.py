@@ -27,6 +27,7 @@ def predict_files(
     output: str = "labels",
     axes: str | None = None,
     tile_in: int | None = None,
+    memory: str | None = None,
     threshold: float | None = None,
     min_pixels: int = 1,
     progress: bool = False,
@@ -42,7 +43,7 @@ def predict_files(
         output: "labels", the class of each pixel; "instances", cell ids (`unet_fast.cells.find_cells`);
             "probabilities", float32 [K, H, W] or [Z, K, H, W].
         axes: of the image files, where they do not say.
-        tile_in: side of a tile, see `unet_fast.plan_tiles`.
+        tile_in, memory: side of a tile, or a budget for it; see `unet_fast.plan_tiles`.
         threshold: probability above which a pixel is a cell, for labels and instances of two classes.
         min_pixels: smaller cells are dropped; for instances only.
         progress: show progress on stderr.
@@ -65,14 +66,15 @@ def predict_files(
         stack = _readable(source, model, axes)
         if stack.is_stack and target.suffix.lower() == ".png":
             raise BadInput(f"{target} cannot hold a stack; use .tif")
-        plan_tiles(stack.pixels.shape, tile_in=tile_in, model=model)
+        plan_tiles(stack.pixels.shape, tile_in=tile_in, memory=memory, model=model)
         slices += len(stack.pixels)
     for folder in {target.parent for target in targets}:
         writable_folder(folder)
+    cut = {"tile_in": tile_in, "memory": memory}
     with Progress("predict", slices, shown=progress) as bar:
         for source, target in zip(sources, targets, strict=True):
             stack = read_stack(source, axes=axes)
-            _write(target, _segment(model, stack, output, tile_in, threshold, min_pixels, bar), stack.is_stack)
+            _write(target, _segment(model, stack, output, cut, threshold, min_pixels, bar), stack.is_stack)
     return targets
 
 
@@ -114,14 +116,14 @@ def _segment(
     model: FastUNet,
     stack: Stack,
     output: str,
-    tile_in: int | None,
+    cut: dict[str, Any],
     threshold: float | None,
     min_pixels: int,
     bar: Progress,
 ) -> np.ndarray[Any, Any]:
     wanted, slices = "probabilities" if output == "probabilities" else "labels", []
     for name, plane in zip(stack.names, stack.pixels, strict=True):
-        slices.append(predict(model, plane, axes="CYX", tile_in=tile_in, output=wanted, threshold=threshold))
+        slices.append(predict(model, plane, axes="CYX", output=wanted, threshold=threshold, **cut))
         bar.advance(name)
     result: np.ndarray[Any, Any] = np.stack(slices)
     if output == "instances":

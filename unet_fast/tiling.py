@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from . import geometry
 from .errors import BadInput
+from .memory import bytes_of, estimate, largest_tile
+from .model import FastUNet
 from .progress import Progress
 
 __all__ = ["OUTPUTS", "TilePlan", "plan_tiles", "predict", "seam_check"]
@@ -41,7 +43,7 @@ class TilePlan:
     grid: tuple[int, int]
     halo: int
     overhead: float
-    # filled in by a memory planner, once there is one
+    # what `unet_fast.memory` counts for a prediction of one batch of such tiles; None where the net is not known to it
     predicted_bytes: int | None = None
 
     def __len__(self) -> int:
@@ -58,10 +60,13 @@ def plan_tiles(
     shape: Sequence[int],
     *,
     tile_in: int | Sequence[int] | None = None,
+    memory: str | float | None = None,
     model: nn.Module | None = None,
     depth: int = 4,
     up_mode: str = "deconv",
     padding: str = "valid",
+    batch: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> TilePlan:
     """Cut an image of `shape` (its last two sizes are rows and columns) into tiles.
 
@@ -69,14 +74,17 @@ def plan_tiles(
         shape: of the image.
         tile_in: side (or rows, columns) of what goes into the net; None takes tiles that fit the image with little
             waste, 572 at most where the net's depth allows.
+        memory: instead of tile_in: a budget, "6GB" or bytes; the fewest tiles that `unet_fast.memory` says fit into it
+            (weights included). Needs a model with padding "valid". What a library takes for itself is not counted.
         model: a FastUNet, from which depth, up_mode and padding are taken.
         depth: number of poolings.
         up_mode: "resize" spoils the last 2^depth - 1 rows and columns of a tile, which are not kept then.
         padding: "same": what zero-padding has touched is not kept; tile_in is a multiple of 2^depth then.
+        batch, dtype: of the prediction, for its bytes; None: the model's dtype.
 
     Raises:
-        ValueError: an empty image; a tile that cannot be pooled, or that keeps less than the 2^depth pixels that one
-            step needs; the nearest that would do are named.
+        ValueError: an empty image; a budget that is no size or too small, or given with tile_in; a tile that cannot be
+            pooled, or that keeps less than the 2^depth pixels that one step needs; the nearest that would do are named.
     """
     if model is not None:
         depth = getattr(model, "depth", depth)
@@ -88,9 +96,18 @@ def plan_tiles(
     if len(sides) != 2 or not all(side is None or hasattr(side, "__index__") for side in sides):
         raise BadInput(f"tile_in must be one side or rows and columns, in whole pixels, got {tile_in!r}")
     cutter = _Cutter(depth, up_mode, padding)
+    # the net whose bytes are known
+    counted = model if isinstance(model, FastUNet) and padding == "valid" else None
+    if memory is not None:
+        if tile_in is not None or counted is None:
+            raise BadInput("memory needs a model with padding 'valid', and no tile_in beside it")
+        cutter.largest = _fitting(memory, counted, batch, dtype, cutter)
     rows, columns = (
         cutter.cut(int(n), None if side is None else int(side)) for n, side in zip(shape[-2:], sides, strict=True)
     )
+    predicted = None
+    if counted is not None:
+        predicted = estimate(counted, (rows.tile, columns.tile), mode="predict", batch=batch, dtype=dtype).total
     read = rows.tile * columns.tile * rows.count * columns.count
     return TilePlan(
         shape=(int(shape[-2]), int(shape[-1])),
@@ -100,7 +117,22 @@ def plan_tiles(
         grid=(rows.count, columns.count),
         halo=cutter.halo,
         overhead=read / (int(shape[-2]) * int(shape[-1])),
+        predicted_bytes=predicted,
     )
+
+
+def _fitting(memory: str | float, model: FastUNet, batch: int, dtype: torch.dtype | None, cutter: "_Cutter") -> int:
+    """The largest tile of a budget, if it keeps a pixel's step."""
+    try:
+        budget = bytes_of(memory)
+        largest = largest_tile(budget, model, mode="predict", batch=batch, dtype=dtype)
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    smallest = cutter.smallest(cutter.step)
+    if largest < smallest:
+        needed = estimate(model, smallest, mode="predict", batch=batch, dtype=dtype).total
+        raise BadInput(f"memory must be at least {needed} bytes, for tiles of {smallest}, got {budget}")
+    return largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,11 +151,14 @@ class _Cutter:
         self.spoiled = self.step - 1 if up_mode == "resize" else 0
         self.same = padding == "same"
         self.halo = geometry.halo(depth)
+        # a tile nobody asked for is no larger than this
+        self.largest = max(_USUAL_TILE, 6 * self.halo)
         if self.same:
             # up to here a padded zero can be felt: two pixels further than a halo, because the pooling grid begins at
             # the tile's first pixel and not at its third; tiles of padded nets start on the grid themselves
             self.halo = -(-(self.halo + 2 + self.spoiled) // self.step) * self.step
             self.spoiled = 0
+            self.largest = max(_USUAL_TILE, 6 * self.halo)
 
     def right(self, tile: int) -> int:
         """Pixels of the tile's output that equal those of an endless image."""
@@ -154,9 +189,9 @@ class _Cutter:
 
     def _usual(self, n: int) -> int:
         """The tile of the fewest equal tiles that are not too large."""
-        largest, count = max(_USUAL_TILE, 6 * self.halo), 1
+        count = 1
         tile = self.smallest(n)
-        while tile > largest:
+        while tile > self.largest:
             count += 1
             tile = self.smallest(-(-n // (count * self.step)) * self.step)
         return tile
@@ -181,6 +216,7 @@ def predict(
     *,
     axes: str | None = None,
     tile_in: int | Sequence[int] | None = None,
+    memory: str | float | None = None,
     output: str = "labels",
     threshold: float | None = None,
     out: Any = None,
@@ -194,7 +230,7 @@ def predict(
             dtype and on its own device; its mode is restored. A normalisation saved with it is applied first.
         image: array or tensor; numpy in, numpy out, a tensor likewise.
         axes: "YX", "CYX", "YXC", "ZYX" or "ZCYX". None allows 2-D, and 3-D whose first axis is in_channels > 1.
-        tile_in: see `plan_tiles`.
+        tile_in, memory: see `plan_tiles`.
         output: "labels" (the likeliest class: uint8, uint16 above 256 classes), "probabilities" (softmax, float32) or
             "logits" (the model's dtype, float32 at least).
         threshold: for labels of two classes: the probability above which a pixel is a cell; None takes the likelier.
@@ -216,7 +252,7 @@ def predict(
     slices, piled = _slices(_pixels(image), axes, int(getattr(model, "in_channels", 1)))
     if slices.dtype.kind == "f" and not np.isfinite(slices).all():
         raise BadInput(f"image has {int((~np.isfinite(slices)).sum())} NaN or infinite pixels; replace them first")
-    plan = plan_tiles(slices.shape, tile_in=tile_in, model=model)
+    plan = plan_tiles(slices.shape, tile_in=tile_in, memory=memory, model=model, batch=batch)
     if threshold is not None and not (output == "labels" and model.out_channels == 2 and 0 <= threshold <= 1):
         raise BadInput(f"threshold must lie between 0 and 1, for labels of two classes, got {threshold:g}")
     classes = int(getattr(model, "out_channels", 2))

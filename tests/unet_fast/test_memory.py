@@ -129,7 +129,7 @@ def test_larger_tiles_need_more() -> None:
         (lambda: estimate(meta(), 572, context=-1), r"^context must be 0 or more, got -1$"),
         (
             lambda: largest_tile(10**8, meta()),
-            r"^budget_bytes must be at least \d+, for the smallest tile, \d+ x \d+, got 100000000$",
+            r"^a budget must be at least \d+ bytes, for the smallest tile, \d+ x \d+, got 100000000$",
         ),
     ],
 )

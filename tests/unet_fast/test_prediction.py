@@ -57,6 +57,17 @@ def test_a_folder_gives_a_tiff_for_each_image_in_natural_order(model: FastUNet, 
     assert np.array_equal(read_stack(written[1]).pixels[:, 0], predict(model, grey(3, 20, 25, seed=2), axes="ZYX"))
 
 
+def test_a_budget_cuts_tiles_and_changes_nothing(model: FastUNet, folder: Path, tmp_path: Path) -> None:
+    whole = predict_files(model, folder, tmp_path / "whole", output="probabilities")
+    inside = predict_files(model, folder, tmp_path / "inside", output="probabilities", memory="40kB")
+    for one, other in zip(whole, inside, strict=True):
+        np.testing.assert_allclose(read_stack(one).pixels, read_stack(other).pixels, rtol=0, atol=1e-5)
+    for memory, sentence in (("6 apples", "memory must be a size such as 6GB"), ("1kB", "a budget must be at least")):
+        with pytest.raises(BadInput, match=sentence):
+            predict_files(model, folder, tmp_path / "none", memory=memory)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize("suffix", [".tif", ".tiff", ".png", ".TIF"])
 def test_one_image_gives_the_file_that_was_named(suffix: str, model: FastUNet, folder: Path, tmp_path: Path) -> None:
     target = tmp_path / f"result{suffix}"

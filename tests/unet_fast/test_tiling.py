@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import unet_fast
 from tests.proof.properties import given, settings, st
 from unet_fast import FastUNet, Normalisation, geometry, plan_tiles, predict, tiling
+from unet_fast.memory import bytes_of, estimate, largest_tile
 
 some = settings(derandomize=True, database=None, deadline=None, max_examples=40)
 many = settings(derandomize=True, database=None, deadline=None, max_examples=400)
@@ -336,6 +337,49 @@ def test_a_tile_that_does_not_fit_is_refused_with_the_nearest_that_does(case: st
     named = [int(word) for word in sentence.replace(",", "").split(" is ")[-1].split() if word.isdecimal()]
     if "the smallest" in sentence:
         plan_tiles(shape, **{**given_, "tile_in": named[0] if named[0] > 188 else 204})
+
+
+# ---- plans inside a budget
+
+
+@pytest.mark.parametrize("memory", ["150MB", "200 MB", 3e8, "0.5GiB", "2GB"])
+@pytest.mark.parametrize("shape", [(1, 1), (300, 200), (2000, 700), (5000, 5000)])
+def test_a_plan_keeps_to_its_budget_with_the_fewest_tiles(shape: tuple[int, int], memory: str | float) -> None:
+    with torch.device("meta"):
+        model = FastUNet(features=(32, 64, 128, 256, 512))
+    plan = plan_tiles(shape, memory=memory, model=model)
+    budget = bytes_of(memory)
+    assert plan.predicted_bytes == estimate(model, plan.tile_in, mode="predict").total <= budget
+    # tiles of the largest side that fits are no fewer
+    largest = largest_tile(budget, model, mode="predict")
+    assert len(plan) <= len(plan_tiles(shape, tile_in=largest, model=model))
+
+
+def test_a_prediction_inside_a_budget_is_the_prediction() -> None:
+    torch.manual_seed(0)
+    model, image = FastUNet(features=(4, 8, 8)).double(), np.random.default_rng(0).random((150, 190))
+    least = estimate(model, 76, mode="predict").total
+    assert len(plan_tiles(image.shape, memory=least, model=model)) > 9
+    whole = predict(model, image, output="logits")
+    np.testing.assert_allclose(
+        predict(model, image, output="logits", memory=least), whole, rtol=0, atol=1e-9 * whole.std()
+    )
+
+
+@pytest.mark.parametrize(
+    ("given_", "sentence"),
+    [
+        ({"memory": "6 apples"}, r"^memory must be a size such as 6GB, 500MB or 4GiB, got 6 apples$"),
+        ({"memory": 0}, r"^memory must be a size such as 6GB, 500MB or 4GiB, got 0$"),
+        ({"memory": "1kB"}, r"^a budget must be at least \d+ bytes, for the smallest tile, 44 x 44, got 1000$"),
+        ({"memory": "1GB", "tile_in": 76}, r"^memory needs a model with padding 'valid', and no tile_in beside it$"),
+        ({"memory": "1GB", "model": None}, r"^memory needs a model with padding 'valid', and no tile_in beside it$"),
+    ],
+    ids=str,
+)
+def test_a_budget_that_cannot_be_kept_is_refused(given_: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        plan_tiles((99, 99), **{"model": FastUNet(features=(4, 8, 8)), **given_})
 
 
 # ---- predict
