@@ -117,26 +117,35 @@ class ElasticWarp:
         )
 
     def draw_tile(
-        self, image: Tensor, instances: Tensor, tile_in: int, tile_out: int, generator: torch.Generator
+        self,
+        image: Tensor,
+        instances: Tensor,
+        tile_in: int | tuple[int, int],
+        tile_out: int | tuple[int, int],
+        generator: torch.Generator,
+        *,
+        grid_tile: int | tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A training tile around a random centre: (image [C, tile_in, tile_in], instances [tile_in, tile_in]).
+        """A training tile around a random centre: (image [C, *tile_in], instances [*tile_in]).
 
         Args:
             image: [C, H, W] floating, about 0 to 1.
             instances: [H, W].
-            tile_in: side of what comes out; beyond the image it is mirrored.
-            tile_out: side of what the net will answer for: the centre is uniform among those that keep it inside the
-                image, where the image is large enough.
+            tile_in: side, or rows and columns, of what comes out; beyond the image it is mirrored.
+            tile_out: side, or rows and columns, of what the net will answer for: the centre is uniform among those
+                that keep it inside the image, where the image is large enough.
+            grid_tile: the grid's points lie as far apart as over a tile of this size; None is tile_in.
             generator: all randomness comes from it.
         """
         height, width = instances.shape
-        displacement = self.draw(1, (height, width), generator, tile=tile_in)
+        displacement = self.draw(1, (height, width), generator, tile=grid_tile or tile_in)
         matrix = self.draw_affine(1, generator)
         lut = self.draw_table(1, generator)
         where = torch.rand(2, generator=generator)
         sd = self.noise * torch.rand(1, generator=generator)
         span = torch.tensor([float(height), float(width)]) - 1
-        half = torch.minimum(torch.full((2,), (tile_out - 1) / 2), span / 2)
+        answered = (tile_out, tile_out) if isinstance(tile_out, int) else tile_out
+        half = torch.minimum((torch.tensor(answered, dtype=torch.float32) - 1) / 2, span / 2)
         # the warp reads at M (p - c) + shift + c, so the tile's centre c reads at c + shift
         matrix[0, :, 2] = half + where * (span - 2 * half) - span / 2
         out, labels = self.apply(

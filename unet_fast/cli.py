@@ -63,6 +63,16 @@ class Recompute(StrEnum):
     LEVEL = "level"
 
 
+class Precision(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Accumulate(StrEnum):
+    TILE = "tile"
+    IMAGE = "image"
+
+
 class UpMode(StrEnum):
     DECONV = "deconv"
     RESIZE = "resize"
@@ -180,6 +190,18 @@ def train(
     ] = None,
     tile: Annotated[
         int | None, typer.Option(help="Side of a training tile; default: fits the images, 572 at most.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Budget such as 6GB: tile, precision and recomputation that train fastest inside it."),
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(help="Of the maps. Default: float32, or with --memory what is faster here."),
+    ] = None,
+    accumulate: Annotated[
+        Accumulate | None,
+        typer.Option(help="image: a step sees whole images, tile by tile; the gradient does not depend on the tile."),
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", "-b", help="Tiles a step, default 1.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps, default 10000.")] = None,

@@ -12,6 +12,7 @@ from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from . import geometry
 from .errors import BadInput
+from .units import bytes_of
 
 __all__ = ["PRESETS", "TrainConfig"]
 
@@ -57,10 +58,16 @@ class TrainConfig:
     classes: int | None = None
     up_mode: str = "deconv"
     dropout: float = 0.5
-    # "level": less memory, a third more time, the same bits
-    recompute: str = "none"
     # None: tiles that fit the images, 572 at most
     tile: int | None = None
+    # "6GB": instead of a tile, the fastest way to train that fits; a GPU's memory, or what a CPU's process allocates
+    memory: str | None = None
+    # "level": less memory, a third more time, the same bits. None: "none", or what fits `memory`
+    recompute: str | None = None
+    # of the maps; weights and losses are float32 always. None: float32, or what is faster inside `memory`
+    precision: str | None = None
+    # "tile": a step sees `batch` tiles; "image": `batch` whole images, tile by tile, however large they are
+    accumulate: str = "tile"
     # the paper: one tile a step, momentum 0.99 so that many tiles decide an update
     batch: int = 1
     momentum: float = 0.99
@@ -108,6 +115,11 @@ class TrainConfig:
                 geometry.check_legal(self.tile, depth, name="tile")
             except ValueError as error:
                 raise BadInput(str(error)) from error
+        if self.memory is not None:
+            try:
+                bytes_of(self.memory)
+            except ValueError as error:
+                raise BadInput(str(error)) from error
         if self.steps is not None and self.epochs is not None:
             raise BadInput(f"steps and epochs cannot both be given, got {self.steps} and {self.epochs}")
         for name in ("steps", "epochs", "batch", "log_every", "validate_every"):
@@ -141,11 +153,14 @@ class TrainConfig:
         for name, choices in (
             ("label_kind", ("auto", "binary", "class", "instance")),
             ("up_mode", ("deconv", "resize")),
-            ("recompute", ("none", "level")),
+            ("recompute", (None, "none", "level")),
+            ("precision", (None, "float32", "bfloat16")),
+            ("accumulate", ("tile", "image")),
             ("border_region", ("background", "all")),
         ):
             if getattr(self, name) not in choices:
-                raise BadInput(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+                named = ", ".join(filter(None, choices))
+                raise BadInput(f"{name} must be one of {named}, got {getattr(self, name)!r}")
 
     @property
     def depth(self) -> int:

@@ -56,25 +56,33 @@ class BorderWeightedCrossEntropy(nn.Module):
             TypeError: as `unet_kernels.border_weight` and `unet_kernels.weighted_cross_entropy`.
             ValueError: likewise; the logits are larger than the instances; too few class weights.
         """
-        rows, columns = logits.shape[-2:]
+        classes, *size = logits.shape[1:]
+        target, weight = self.pixels(instances, target, (size[0], size[1]), classes)
+        return unet_kernels.weighted_cross_entropy(
+            logits, target.to(logits.device), weight.to(logits.device), reduction=self.reduction
+        )
+
+    def pixels(
+        self, instances: Tensor, target: Tensor | None, size: tuple[int, int], classes: int
+    ) -> tuple[Tensor, Tensor]:
+        """What `unet_kernels.weighted_cross_entropy` needs beside logits of `size`: class ids, -100 where ignored, and
+        weights; arguments as in `forward`."""
+        rows, columns = size
         if instances.dim() != 3 or instances.shape[-2] < rows or instances.shape[-1] < columns:
             raise ValueError(f"instances must be [N, H, W] with at least {rows}x{columns}, got {list(instances.shape)}")
         if target is None:
             cut = unet_kernels.cut_gap(instances).long()
             target = (cut > 0).long().masked_fill_(cut < 0, -1)
-        if target.shape[-2:] != logits.shape[-2:]:
+        if tuple(target.shape[-2:]) != (rows, columns):
             target = _centre(target, rows, columns)
         # long: torch compares no uint16, and a uint8 target has no room for -100
         ignored = _centre(instances, rows, columns).long() < 0
         target = target if target.is_floating_point() else target.long()
-        if self.class_weight is not None and len(self.class_weight) != logits.shape[1]:
-            count = f"{logits.shape[1]} numbers, one per class"
+        if self.class_weight is not None and len(self.class_weight) != classes:
+            count = f"{classes} numbers, one per class"
             raise ValueError(f"class_weight must have {count}, got {len(self.class_weight)}")
         weight = self.weight(instances, target)
-        target = target.masked_fill(ignored | (target < 0), -100)
-        return unet_kernels.weighted_cross_entropy(
-            logits, target.to(logits.device), weight.to(logits.device), reduction=self.reduction
-        )
+        return target.masked_fill(ignored | (target < 0), -100), weight
 
     def weight(self, instances: Tensor, target: Tensor) -> Tensor:
         """Eq. 2 for target [N, h, w], class ids around the centre of instances [N, H, W]: float32 [N, h, w]."""

@@ -6,7 +6,6 @@ what a step keeps); the greatest sum met is the peak. Nothing is allocated, no t
 and `context` are allowances. Symbols as in `FastUNet`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +13,10 @@ from typing import Any
 import torch
 
 from . import geometry
+from .layers import Layers
 from .model import FastUNet
 
-__all__ = ["Estimate", "bytes_of", "estimate", "largest_tile"]
-
-# 1 GB = 1e9 bytes, 1 GiB = 2^30
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
-_UNITS |= {f"{letter}IB": 1024**power for power, letter in enumerate("KMGT", 1)}
+__all__ = ["Estimate", "estimate", "largest_tile"]
 
 # bytes a parameter that the optimizer keeps: one or two maps of the parameter's own dtype
 _STATE = {"sgd": 0, "momentum": 1, "adam": 2}
@@ -91,108 +86,86 @@ class _Ledger:
                 self.now -= self.alive.pop(name)[1]
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    channels: int
-    rows: int
-    columns: int
+class _Sizes:
+    """Bytes of the maps and weights of a batch of tiles."""
 
-    def bytes(self, each: int) -> int:
-        return self.channels * self.rows * self.columns * each
-
-
-class _Plan:
-    """The sizes of all maps of a net for a tile, and of its parameters; bytes of one value."""
-
-    def __init__(self, net: FastUNet, tile: tuple[int, int], batch: int, value: int) -> None:
+    def __init__(self, net: FastUNet, tile: tuple[int, int], batch: int, value: int, autocast: bool) -> None:
         settings = net.settings
-        self.depth, self.batch, self.value = net.depth, batch, value
+        self.layers = Layers(net, *tile)
+        self.depth, self.batch, self.value, self.autocast = net.depth, batch, value, autocast
         self.activation, self.skips, self.dropout = settings["up_activation"], settings["skips"], settings["dropout"]
-        features, last = net.features, settings["last_up_channels"]
-        self.maps: dict[str, _Shape] = {"input": _Shape(net.in_channels, *tile)}
-        self.conv: dict[str, int] = {}
-        before, size = net.in_channels, tile
-        for level, width in enumerate(features):
-            if level:
-                size = (size[0] // 2, size[1] // 2)
-                self.maps[f"pool.{level}"] = _Shape(before, *size)
-            for part in ("conv1", "conv2"):
-                size = (size[0] - 2, size[1] - 2)
-                self._convolution(f"down.{level}.{part}", before, width, size, 9)
-                before = width
-            self.maps[f"dropped.{level}"] = self.maps[f"down.{level}.conv2"]
-        for level in reversed(range(net.depth)):
-            width = features[level]
-            arriving = last if level == 0 and last is not None else width
-            size = (2 * size[0], 2 * size[1])
-            self._convolution(f"up.{level}.up", before, arriving, size, 4)
-            self.maps[f"skip.{level}"] = _Shape(width, *size)
-            before = arriving + width if self.skips else arriving
-            for part in ("conv1", "conv2"):
-                size = (size[0] - 2, size[1] - 2)
-                self._convolution(f"up.{level}.{part}", before, width, size, 9)
-                before = width
-        self._convolution("head", before, net.out_channels, size, 1)
 
-    def _convolution(self, name: str, before: int, after: int, size: tuple[int, int], taps: int) -> None:
-        self.maps[name] = _Shape(after, *size)
-        self.conv[name] = before * after * taps
+    def map(self, name: str, value: int | None = None) -> int:
+        if name.startswith("dropped."):
+            name = f"down.{name.removeprefix('dropped.')}.conv2"
+        return self.layers.maps[name].values * self.batch * (self.value if value is None else value)
 
-    def map(self, name: str) -> int:
-        return self.maps[name].bytes(self.batch * self.value)
-
-    def weight(self, name: str) -> int:
-        return self.conv[name] * self.value
+    def weight(self, name: str, value: int | None = None) -> int:
+        return self.layers.convolutions[name].weight * (self.value if value is None else value)
 
 
 class _Step:
     """Plays one training step, or one prediction, in a ledger."""
 
-    def __init__(self, plan: _Plan, recompute: bool) -> None:
-        self.plan, self.recompute, self.ledger = plan, recompute, _Ledger()
-        self.dropout = plan.dropout
+    def __init__(self, sizes: _Sizes, recompute: bool) -> None:
+        self.sizes, self.recompute, self.ledger = sizes, recompute, _Ledger()
+        self.dropout, self.keeps = sizes.dropout, True
 
     # ---- forward
 
+    def convolve(self, name: str) -> None:
+        if self.sizes.autocast:
+            # the weight as the convolution wants it; the backward wants it once more
+            self.ledger.make(f"cast {name}", self.sizes.weight(name), "activations")
+        self.ledger.make(name, self.sizes.map(name), "activations")
+        if not self.keeps:
+            self.ledger.drop(f"cast {name}")
+
     def down(self, level: int) -> None:
-        make, map_ = self.ledger.make, self.plan.map
+        make, map_ = self.ledger.make, self.sizes.map
         if level:
             make(f"pool.{level}", map_(f"pool.{level}"), "activations")
         for part in ("conv1", "conv2"):
-            make(f"down.{level}.{part}", map_(f"down.{level}.{part}"), "activations")
+            self.convolve(f"down.{level}.{part}")
         if self.dropped(level):
             # noise, and the map times noise, which is what goes on
             make(f"noise.{level}", map_(f"down.{level}.conv2"), "activations")
             make(f"dropped.{level}", map_(f"down.{level}.conv2"), "activations")
 
     def up(self, level: int) -> None:
-        make, drop, map_ = self.ledger.make, self.ledger.drop, self.plan.map
-        make(f"up.{level}.up", map_(f"up.{level}.up"), "activations")
-        if self.plan.activation:
+        make, drop, map_ = self.ledger.make, self.ledger.drop, self.sizes.map
+        self.convolve(f"up.{level}.up")
+        if self.sizes.activation:
             make(f"relu.{level}", map_(f"up.{level}.up"), "activations")
             drop(f"up.{level}.up")
-        if self.plan.skips:
+        if self.sizes.skips:
             make("concatenation", map_(f"up.{level}.up") + map_(f"skip.{level}"), "workspace")
-        make(f"up.{level}.conv1", map_(f"up.{level}.conv1"), "activations")
+        self.convolve(f"up.{level}.conv1")
         drop("concatenation")
-        make(f"up.{level}.conv2", map_(f"up.{level}.conv2"), "activations")
+        self.convolve(f"up.{level}.conv2")
 
     def inner(self, kind: str, level: int) -> list[str]:
         """The maps of a step that are not handed on."""
+        casts = [f"cast {kind}.{level}.{part}" for part in ("up", "conv1", "conv2")]
         if kind == "up":
-            return [f"up.{level}.up", f"relu.{level}", f"up.{level}.conv1"]
-        inside = [f"pool.{level}", f"down.{level}.conv1"]
+            return [f"up.{level}.up", f"relu.{level}", f"up.{level}.conv1", *casts]
+        inside = [f"pool.{level}", f"down.{level}.conv1", *casts]
         return [*inside, f"noise.{level}", f"down.{level}.conv2"] if self.dropped(level) else inside
 
     def handed_on(self, level: int) -> str:
         return f"dropped.{level}" if self.dropped(level) else f"down.{level}.conv2"
 
     def dropped(self, level: int) -> bool:
-        return self.dropout > 0 and level >= self.plan.depth - 1
+        return self.dropout > 0 and level >= self.sizes.depth - 1
+
+    def read(self) -> None:
+        if self.sizes.autocast:
+            self.ledger.make("cast input", self.sizes.map("input"), "activations")
 
     def predict(self) -> None:
-        depth, drop = self.plan.depth, self.ledger.drop
-        self.dropout = 0.0
+        depth, drop = self.sizes.depth, self.ledger.drop
+        self.dropout, self.keeps = 0.0, False
+        self.read()
         for level in range(depth + 1):
             self.down(level)
             drop(*self.inner("down", level))
@@ -201,13 +174,14 @@ class _Step:
             self.up(level)
             drop(*self.inner("up", level), below, self.handed_on(level))
             below = f"up.{level}.conv2"
-        self.ledger.make("head", self.plan.map("head"), "activations")
+        self.convolve("head")
 
     # ---- a training step
 
     def train(self) -> None:
-        plan, make, drop = self.plan, self.ledger.make, self.ledger.drop
-        depth = plan.depth
+        sizes, make, drop = self.sizes, self.ledger.make, self.ledger.drop
+        depth = sizes.depth
+        self.read()
         for level in range(depth + 1):
             self.down(level)
             if self.recompute:
@@ -217,7 +191,7 @@ class _Step:
             if self.recompute:
                 drop(*self.inner("up", level))
         self.loss()
-        make("dx", plan.map("up.0.conv2" if depth else "down.0.conv2"), "gradients")
+        make("dx", sizes.map("up.0.conv2" if depth else "down.0.conv2"), "gradients")
         drop("dlogits")
         for level in range(depth):
             self.up_backward(level)
@@ -226,84 +200,87 @@ class _Step:
 
     def loss(self) -> None:
         """Softmax cross-entropy, in float32 from the logits on; leaves the logits' gradient."""
-        plan, make, drop = self.plan, self.ledger.make, self.ledger.drop
-        wide = plan.maps["head"].bytes(plan.batch * max(4, plan.value))
-        make("head", plan.map("head"), "activations")
-        if plan.value < 4:
+        sizes, make, drop = self.sizes, self.ledger.make, self.ledger.drop
+        wide = sizes.map("head", max(4, sizes.value))
+        self.convolve("head")
+        if sizes.value < 4:
             make("wide logits", wide, "activations")
         make("logarithms", wide, "activations")
         make("dlogarithms", wide, "gradients")
         make("dlogits", wide, "gradients")
         drop("dlogarithms", "logarithms", "wide logits", "head")
-        if plan.value < 4:
+        if sizes.value < 4:
             drop("dlogits")
-            make("dlogits", plan.map("head"), "gradients")
+            make("dlogits", sizes.map("head"), "gradients")
 
     def convolution_backward(self, name: str, made: Sequence[tuple[str, int]], relu: bool, *done: str) -> None:
         """dx becomes the gradients `made`; `done` are the convolution's inputs, if nothing else needs them."""
         make, drop = self.ledger.make, self.ledger.drop
         if relu:
-            make("dz", self.plan.map(name), "gradients")
+            make("dz", self.sizes.map(name), "gradients")
             drop("dx", name)
         else:
             self.rename("dx", "dz")
         for gradient, size in made:
             make(gradient, size, "gradients")
-        weight = self.plan.weight(name)
+        weight = self.sizes.weight(name)
         make(f"d {name}", weight, "gradients")
         # in the parameter's own strides, or out of two halves
         make("copy of a weight gradient", weight, "workspace")
-        drop("copy of a weight gradient", "dz", *done)
+        drop("copy of a weight gradient", "dz", *done, f"cast {name}")
+        if self.sizes.autocast:
+            # back in the parameter's dtype
+            drop(f"d {name}")
+            make(f"wide d {name}", self.sizes.weight(name, 4), "gradients")
 
     def rename(self, old: str, new: str) -> None:
         if old in self.ledger.alive:
             self.ledger.alive[new] = self.ledger.alive.pop(old)
 
     def up_backward(self, level: int) -> None:
-        plan, drop = self.plan, self.ledger.drop
-        below = f"up.{level + 1}.conv2" if level + 1 < plan.depth else self.handed_on(plan.depth)
+        sizes, drop = self.sizes, self.ledger.drop
+        below = f"up.{level + 1}.conv2" if level + 1 < sizes.depth else self.handed_on(sizes.depth)
         if self.recompute:
             drop(f"up.{level}.conv2")
             self.up(level)
-        self.convolution_backward(f"up.{level}.conv2", [("dx", plan.map(f"up.{level}.conv1"))], True)
-        arrived = f"relu.{level}" if plan.activation else f"up.{level}.up"
-        made = [("dx", plan.map(f"up.{level}.up"))]
-        if plan.skips:
-            made.append((f"window.{level}", plan.map(f"skip.{level}")))
+        self.convolution_backward(f"up.{level}.conv2", [("dx", sizes.map(f"up.{level}.conv1"))], True)
+        arrived = f"relu.{level}" if sizes.activation else f"up.{level}.up"
+        made = [("dx", sizes.map(f"up.{level}.up"))]
+        if sizes.skips:
+            made.append((f"window.{level}", sizes.map(f"skip.{level}")))
         self.convolution_backward(f"up.{level}.conv1", made, True)
-        if plan.activation:
-            self.ledger.make("dz", plan.map(f"up.{level}.up"), "gradients")
+        if sizes.activation:
+            self.ledger.make("dz", sizes.map(f"up.{level}.up"), "gradients")
             drop("dx", arrived)
             self.rename("dz", "dx")
         else:
             drop(arrived)
-        self.convolution_backward(f"up.{level}.up", [("dx below", plan.map(below))], False)
+        self.convolution_backward(f"up.{level}.up", [("dx below", sizes.map(below))], False)
         self.rename("dx below", "dx")
 
     def down_backward(self, level: int) -> None:
-        plan, make, drop = self.plan, self.ledger.make, self.ledger.drop
+        sizes, make, drop = self.sizes, self.ledger.make, self.ledger.drop
         whole = f"down.{level}.conv2"
-        if level < plan.depth and plan.skips:
-            make("padded window", plan.map(whole), "gradients")
+        if level < sizes.depth and sizes.skips:
+            make("padded window", sizes.map(whole), "gradients")
             drop(f"window.{level}")
-            make("sum", plan.map(whole), "gradients")
+            make("sum", sizes.map(whole), "gradients")
             drop("padded window", "dx")
             self.rename("sum", "dx")
         if self.recompute:
             drop(self.handed_on(level))
             self.down(level)
         if self.dropped(level):
-            make("dz", plan.map(whole), "gradients")
+            make("dz", sizes.map(whole), "gradients")
             drop("dx", f"noise.{level}", f"dropped.{level}")
             self.rename("dz", "dx")
-        self.convolution_backward(whole, [("dx", plan.map(f"down.{level}.conv1"))], True)
-        made = [("dx", plan.map(f"pool.{level}"))] if level else []
+        self.convolution_backward(whole, [("dx", sizes.map(f"down.{level}.conv1"))], True)
+        made = [("dx", sizes.map(f"pool.{level}"))] if level else []
         self.convolution_backward(f"down.{level}.conv1", made, True, f"pool.{level}")
         if level:
             self.rename("dx", "dpool")
-            pooled = plan.maps[f"pool.{level}"].bytes(plan.batch)
-            make("places of maxima", pooled * (8 + plan.value), "workspace")
-            make("dx", plan.map(f"down.{level - 1}.conv2"), "gradients")
+            make("places of maxima", sizes.map(f"pool.{level}", 8 + sizes.value), "workspace")
+            make("dx", sizes.map(f"down.{level - 1}.conv2"), "gradients")
             drop("places of maxima", "dpool")
 
 
@@ -313,6 +290,7 @@ def estimate(
     *,
     mode: str = "train",
     dtype: torch.dtype | None = None,
+    autocast: bool = False,
     batch: int = 1,
     optimizer: str = "momentum",
     recompute: str | None = None,
@@ -329,6 +307,8 @@ def estimate(
         tile_in: rows and columns of the tile, or both.
         mode: "train" (forward, backward, all gradients) or "predict" (forward alone).
         dtype: of weights and maps; None for that of the model's parameters.
+        autocast: weights and their gradients stay in the parameters' dtype, and `dtype` is that of the maps, as under
+            torch.autocast.
         batch: tiles at a time.
         optimizer: "sgd", "momentum" (one map a parameter) or "adam" (two).
         recompute: "none" or "level"; None for the model's own.
@@ -358,18 +338,21 @@ def estimate(
     for name, number, least in (("batch", batch, 1), ("workspace", workspace, 0), ("context", context, 0)):
         if number < least:
             raise ValueError(f"{name} must be {least} or more, got {number}")
-    value = (next(model.parameters()).dtype if dtype is None else dtype).itemsize
-    plan = _Plan(model, (rows, columns), batch, value)
-    step = _Step(plan, recompute == "level")
-    step.ledger.make("input", plan.map("input"), "input")
+    own = next(model.parameters()).dtype.itemsize
+    value = own if dtype is None else dtype.itemsize
+    # under autocast the weights, and the tile that comes, stay as they are
+    static = own if autocast else value
+    sizes = _Sizes(model, (rows, columns), batch, value, autocast)
+    step = _Step(sizes, recompute == "level")
+    step.ledger.make("input", sizes.map("input", static), "input")
     if mode == "train":
-        out = plan.maps["head"]
+        out = sizes.layers.maps["head"]
         # class ids, int64
         step.ledger.make("labels", out.rows * out.columns * batch * 8, "input")
         step.train()
     else:
         step.predict()
-    weights = sum(p.numel() for p in model.parameters()) * value
+    weights = sum(p.numel() for p in model.parameters()) * static
     then = step.ledger.then
     return Estimate(
         tile_in=(rows, columns),
@@ -382,27 +365,8 @@ def estimate(
         workspace=then["workspace"] + workspace,
         context=context,
         peak_at=step.ledger.at,
-        layers={name: plan.map(name) for name in plan.conv},
+        layers={name: sizes.map(name) for name in sizes.layers.convolutions},
     )
-
-
-def bytes_of(text: str | float) -> int:
-    """A number of bytes as people write it: 6GB (6e9), 6GiB (6 x 2^30), 500 MB, 1e9.
-
-    Raises:
-        ValueError: it is none, or not above 0.
-
-    >>> bytes_of("6GB"), bytes_of("1.5 GiB"), bytes_of(4e9)
-    (6000000000, 1610612736, 4000000000)
-    """
-    found = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(text).lower())
-    try:
-        number = float(found[1]) * _UNITS[found[2].upper()] if found else 0.0
-    except (KeyError, ValueError):
-        number = 0.0
-    if not 1 <= number < 2**63:
-        raise ValueError(f"memory must be a size such as 6GB, 500MB or 4GiB, got {text}")
-    return int(number)
 
 
 def largest_tile(budget_bytes: float, model: FastUNet, **settings: Any) -> int:

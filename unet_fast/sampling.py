@@ -9,8 +9,12 @@ from . import geometry
 from .augment import ElasticWarp
 from .config import TrainConfig
 from .data import Example, target_of
+from .tiling import covering_tile
 
 __all__ = ["Sampler"]
+
+# where whole images are drawn, the elastic grid is that of the paper's tile, whatever tiles they are cut into
+_GRID_TILE = 572
 
 
 class Sampler:
@@ -18,7 +22,7 @@ class Sampler:
 
     Args:
         examples: what is trained on; a large image comes as often as it has tiles.
-        config: batch, seed, depth and all of the augmentation.
+        config: batch, seed, depth and all of the augmentation; with accumulate "image" whole images are drawn.
         tile: side of what goes into the net.
     """
 
@@ -34,22 +38,32 @@ class Sampler:
             zoom=config.zoom,
             noise=config.noise,
         )
+        self.whole = config.accumulate == "image"
+        tiles = [e.instances.numel() / self.tile_out**2 for e in examples]
         # a large image comes as often as it has tiles
-        self.order = [
-            i for i, e in enumerate(examples) for _ in range(max(1, round(e.instances.numel() / self.tile_out**2)))
-        ]
+        self.order = [i for i, n in enumerate(tiles) for _ in range(1 if self.whole else max(1, round(n)))]
         self.per_epoch = -(-len(self.order) // config.batch)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """(image [N, C, H, W], instances [N, H, W], target [N, H, W]) of a step."""
-        tiles = [self._tile(step * self.config.batch + i) for i in range(self.config.batch)]
-        image, instances, target = (torch.stack(parts) for parts in zip(*tiles, strict=True))
+        image, instances, target = (torch.stack(parts) for parts in zip(*self.drawn(step), strict=True))
         return image, instances, target
 
-    def _tile(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    def drawn(self, step: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(image [C, H, W], instances [H, W], target [H, W]) of each tile of a step, or of each whole image."""
+        return [self._draw(step * self.config.batch + i) for i in range(self.config.batch)]
+
+    def _draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, index = divmod(count, len(self.order))
         shuffled = torch.randperm(len(self.order), generator=ElasticWarp.generator(self.config.seed, epoch, -1))
         example = self.examples[self.order[int(shuffled[index])]]
         generator = ElasticWarp.generator(self.config.seed, epoch, index)
-        image, instances = self.warp.draw_tile(example.image, example.instances, self.tile, self.tile_out, generator)
+        sides, grid_tile = (self.tile, self.tile), self.tile
+        if self.whole:
+            sides = covering_tile(example.instances.shape, depth=self.config.depth, up_mode=self.config.up_mode)
+            grid_tile = _GRID_TILE
+        answered = tuple(geometry.output_size(n, self.config.depth) for n in sides)
+        image, instances = self.warp.draw_tile(
+            example.image, example.instances, sides, (answered[0], answered[1]), generator, grid_tile=grid_tile
+        )
         return image, instances, target_of(instances[None], example.class_of)[0]

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from . import geometry
 from .errors import BadInput
-from .memory import bytes_of, estimate, largest_tile
+from .memory import estimate, largest_tile
 from .model import FastUNet
 from .progress import Progress
+from .units import bytes_of
 
-__all__ = ["OUTPUTS", "TilePlan", "plan_tiles", "predict", "seam_check"]
+__all__ = ["OUTPUTS", "TilePlan", "covering_tile", "cut_tile", "plan_tiles", "predict", "seam_check"]
 
 OUTPUTS = ("labels", "probabilities", "logits")
 AXES = ("YX", "CYX", "YXC", "ZYX", "ZCYX")
@@ -119,6 +120,43 @@ def plan_tiles(
         overhead=read / (int(shape[-2]) * int(shape[-1])),
         predicted_bytes=predicted,
     )
+
+
+def covering_tile(shape: Sequence[int], *, depth: int = 4, up_mode: str = "deconv") -> tuple[int, int]:
+    """Rows and columns of the smallest tile that answers for all of an image.
+
+    >>> covering_tile((388, 100))
+    (572, 284)
+    """
+    cutter = _Cutter(depth, up_mode, "valid")
+    return cutter.smallest(int(shape[-2])), cutter.smallest(int(shape[-1]))
+
+
+def cut_tile(whole: int, tile_in: int, *, depth: int = 4, up_mode: str = "deconv") -> list[tuple[int, int, int]]:
+    """Cut one axis of a large tile into small ones that answer together for what the large one answers for.
+
+    Args:
+        whole: legal side of the large tile.
+        tile_in: legal side that no small one exceeds.
+        depth, up_mode: of the net.
+
+    Returns:
+        for each small tile: its first pixel in the large one, its side, and how many of its first outputs count; the
+        outputs follow one another without gap or overlap. What "resize" spoils of the large tile is left out.
+
+    Raises:
+        ValueError: a side that cannot be pooled, or a tile_in that keeps less than the 2^depth pixels of one step.
+
+    >>> cut_tile(700, 572)
+    [(0, 572, 384), (384, 316, 132)]
+    """
+    cutter = _Cutter(depth, up_mode, "valid")
+    cut = cutter.cut(cutter.right(whole), min(tile_in, whole))
+    tiles = []
+    for start in range(0, cutter.right(whole), cut.keep):
+        side = min(cut.tile, whole - start)
+        tiles.append((start, side, min(cut.keep, cutter.right(side))))
+    return tiles
 
 
 def _fitting(memory: str | float, model: FastUNet, batch: int, dtype: torch.dtype | None, cutter: "_Cutter") -> int:

@@ -15,16 +15,21 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__
+import unet_kernels
+
+from . import __version__, geometry
 from .augment import ElasticWarp
 from .checkpoints import State, checkpoints, keep, newest
 from .config import TrainConfig, read_toml
@@ -33,12 +38,15 @@ from .errors import BadInput
 from .figures import draw_curves
 from .files import replacing, writable_folder
 from .loss import BorderWeightedCrossEntropy
+from .measuring import CONTEXT_BYTES, Measured, Meter, is_out_of_memory
 from .model import FastUNet
 from .normalisation import Normalisation
+from .planning import PRECISIONS, RECOMPUTE, Choice, Setting, choose, counted_bytes
 from .progress import Progress
 from .sampling import Sampler
 from .storage import MODEL, load, pick_device, save
-from .tiling import plan_tiles
+from .tiling import covering_tile, cut_tile, plan_tiles
+from .units import bytes_of, gigabytes
 from .validation import Validation
 
 __all__ = ["LOG_COLUMNS", "TrainResult", "read_log", "resumed_config", "train"]
@@ -59,7 +67,13 @@ LOG_COLUMNS = (
 )
 
 # a run may be continued with other values of these; all else must stay
-_FREE_ON_RESUME = ("out", "device", "recompute", "log_every", "images", "labels")
+_FREE_ON_RESUME = ("out", "device", "memory", "recompute", "log_every", "images", "labels")
+
+# the heap of a CPU's process grows by up to a tenth over its first steps; a GPU's allocator is held to the budget
+_HEADROOM = {"cpu": 0.9}
+
+# a step that found no memory is tried again with a tile of at most this share of its bytes
+_SMALLER = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +101,79 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     Raises:
         BadInput: data or settings that cannot be trained on; a run in the way; the loss is no number any more.
     """
+    device = pick_device(config.device)
+    meter = Meter(device)
     state = newest(config.out) if resume else None
     if state is not None:
+        if config.memory is not None:
+            # what the run came down to, if it had to
+            config = config.with_(tile=state.about["config"]["tile"])
         config = _continued(config, state.about["config"])
     else:
         _refuse_other_run(config.out)
+    task = _prepare(config, device)
+    config = config.with_(classes=task.classes, images=config.images.absolute(), labels=config.labels.absolute())
+    choice = None
+    with _capped(config, device):
+        if config.memory is not None:
+            say = _to_stderr if progress else _to_nobody
+            config, choice = _inside_budget(config, task, meter, say)
+        else:
+            tile = config.tile or _tile_for(task.learn, config)
+            config = config.with_(tile=tile, precision=config.precision or "float32")
+        sampler = task.sampler(config)
+        steps = config.steps or (config.epochs * sampler.per_epoch if config.epochs else 10_000)
+        config = config.with_(steps=steps, epochs=None)
+        if state is not None:
+            config = _continued(config, state.about["config"])
+        writable_folder(config.out)
+        run = _Run(config, task, meter, choice)
+        if progress:
+            _to_stderr(_summary(config, task, run.model))
+        if state is not None:
+            run.restore(state)
+        else:
+            run.begin()
+        try:
+            run.loop(progress)
+        finally:
+            draw_curves(config.out / "curves.png", {config.out.name: read_log(config.out / "log.csv")})
+    return TrainResult(load(config.out), config.out, run.best_step, read_log(config.out / "log.csv"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is trained on, and where; the same for every way of training."""
+
+    data: Labelled
+    data_digest: str
+    learn: list[Example]
+    classes: int
+    weights: tuple[float, ...]
+    normalisation: Normalisation
+    loss: BorderWeightedCrossEntropy
+    validation: Validation
+    device: torch.device
+
+    def model(self, config: TrainConfig) -> FastUNet:
+        """The net with its first weights: drawn on the CPU, so that they are the same on every device."""
+        with torch.random.fork_rng([]):
+            torch.manual_seed(config.seed)
+            model = FastUNet(
+                self.data.channels, self.classes, config.features, up_mode=config.up_mode, dropout=config.dropout
+            )
+        model.to(self.device)
+        model.recompute = config.recompute or "none"
+        model.normalisation = self.normalisation
+        return model
+
+    def sampler(self, config: TrainConfig) -> Sampler:
+        assert config.tile is not None
+        return Sampler(self.learn, config, config.tile)
+
+
+def _prepare(config: TrainConfig, device: torch.device) -> _Task:
+    """Read the data, understand them, and refuse what cannot be trained on."""
     normalisation = _normalisation(config)
     data = read_labelled(
         config.images,
@@ -109,55 +191,111 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         block = f"the validation block, {held_out[0].name} to {held_out[-1].name},"
         share = f"another validation share than {config.validation:g}"
         raise BadInput(f"{block} has no cell to be judged by; use {share}, or 0 for none")
-    tile = config.tile or _tile_for(learn, config)
-    sampler = Sampler(learn, config, tile)
-    steps = config.steps or (config.epochs * sampler.per_epoch if config.epochs else 10_000)
-    # absolute, so that a run can be continued from anywhere
-    places = {"images": config.images.absolute(), "labels": config.labels.absolute()}
-    config = config.with_(tile=tile, classes=classes, steps=steps, epochs=None, **places)
-    if state is not None:
-        config = _continued(config, state.about["config"])
     weights = class_balance(learn) if config.balance else (1.0,) * classes
     if len(weights) < classes:
         raise BadInput(f"the training set has no pixel of class {classes - 1}; train with classes {len(weights)}")
+    loss = BorderWeightedCrossEntropy(
+        config.border_weight,
+        config.border_sigma,
+        class_weight=weights,
+        region=config.border_region,
+        gap=data.kind != "class",
+    )
+    return _Task(
+        data=data,
+        data_digest=_digest(data.examples),
+        learn=list(learn),
+        classes=classes,
+        weights=tuple(weights),
+        normalisation=normalisation,
+        loss=loss,
+        validation=Validation(held_out, loss),
+        device=device,
+    )
 
-    device = pick_device(config.device)
-    # on the CPU, so that the first weights are the same on every device
-    with torch.random.fork_rng([]):
-        torch.manual_seed(config.seed)
-        model = FastUNet(data.channels, classes, config.features, up_mode=config.up_mode, dropout=config.dropout)
-    model.to(device)
-    model.recompute = config.recompute
-    model.normalisation = normalisation
-    writable_folder(config.out)
-    if progress:
-        print(_summary(config, data, learn, held_out, model, device), file=sys.stderr)  # noqa: T201
-    run = _Run(config, model, sampler, held_out, weights, data, device)
-    if state is not None:
-        run.restore(state)
-    else:
-        run.begin()
+
+@contextmanager
+def _capped(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """On a GPU torch's allocator is held to the budget, so that it cannot be exceeded."""
+    if config.memory is None or device.type != "cuda":
+        yield
+        return
+    card = torch.cuda.get_device_properties(device).total_memory
+    allowed = bytes_of(config.memory) - CONTEXT_BYTES
+    if allowed <= 0:
+        raise BadInput(f"memory must be above {gigabytes(CONTEXT_BYTES)}, which CUDA itself takes, got {config.memory}")
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / card), device)
     try:
-        run.loop(progress)
+        yield
     finally:
-        draw_curves(config.out / "curves.png", {config.out.name: read_log(config.out / "log.csv")})
-    return TrainResult(load(config.out), config.out, run.best_step, read_log(config.out / "log.csv"))
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def _summary(
-    config: TrainConfig,
-    data: Labelled,
-    learn: Sequence[Example],
-    held_out: Sequence[Example],
-    model: FastUNet,
-    device: torch.device,
-) -> str:
+def _inside_budget(
+    config: TrainConfig, task: _Task, meter: Meter, say: Callable[[str], None]
+) -> tuple[TrainConfig, Choice]:
+    """The config with tile, precision and recomputation chosen, each tried by a real step; the last one with all that
+    comes between steps too."""
+    assert config.memory is not None
+    budget = bytes_of(config.memory)
+    steps = {"steps": config.steps or 1, "epochs": None}
+
+    def probe(setting: Setting) -> Measured:
+        run = _Run(_with(config, setting).with_(**steps), task, meter)
+        run.fill_momentum()
+        return meter.measure(run.one_step, calls=3, within_s=10.0)
+
+    choice = choose(
+        task.model(config),
+        budget,
+        [config.tile] if config.tile else _tiles_for(task.learn, config),
+        probe,
+        headroom=_HEADROOM.get(task.device.type, 1.0),
+        batch=1 if config.accumulate == "image" else config.batch,
+        precisions=[config.precision] if config.precision else _precisions(task.device),
+        recompute=[config.recompute] if config.recompute else RECOMPUTE,
+        say=say,
+    )
+    say(choice.table())
+    config = _with(config, choice.setting)
+    writable_folder(config.out)
+    with TemporaryDirectory(dir=config.out) as place:
+        run = _Run(config.with_(out=Path(place), **steps), task, meter)
+        run.fill_momentum()
+        between = meter.measure(run.between_steps).bytes
+    if between is not None and between > budget:
+        what = "validation and checkpoints take that, whatever the tile"
+        raise BadInput(f"memory must be at least {gigabytes(between)}: {what}; got {config.memory}")
+    return config, choice
+
+
+def _with(config: TrainConfig, setting: Setting) -> TrainConfig:
+    return config.with_(tile=setting.tile_in, precision=setting.precision, recompute=setting.recompute)
+
+
+def _precisions(device: torch.device) -> list[str]:
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return ["float32"]
+    return list(PRECISIONS)
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _to_nobody(_: str) -> None:
+    pass
+
+
+def _summary(config: TrainConfig, task: _Task, model: FastUNet) -> str:
+    held_out = task.validation.examples
     block = f"{held_out[0].name} to {held_out[-1].name}" if held_out else "none"
+    each = "whole images in tiles of" if config.accumulate == "image" else "tile"
     return (
-        f"labels understood as {data.kind}: {model.out_channels} classes; {data.channels} channel(s)\n"
-        f"training on {len(learn)} images, validation on {len(held_out)} ({block})\n"
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, tile {config.tile}, "
-        f"{config.steps} steps on {device}"
+        f"labels understood as {task.data.kind}: {task.classes} classes; {task.data.channels} channel(s)\n"
+        f"training on {len(task.learn)} images, validation on {len(held_out)} ({block})\n"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {each} {config.tile}, "
+        f"{config.steps} steps on {task.device}"
     )
 
 
@@ -196,33 +334,27 @@ def _tile_for(examples: Sequence[Example], config: TrainConfig) -> int:
     return max(sides)
 
 
+def _tiles_for(examples: Sequence[Example], config: TrainConfig) -> list[int]:
+    """All tiles that may be chosen: from one that keeps a step of pixels to the one that covers the largest image."""
+    step = (geometry.step_multiple(config.depth),) * 2
+    shapes = [step, *(e.instances.shape for e in examples)]
+    smallest, *covering = (max(covering_tile(s, depth=config.depth, up_mode=config.up_mode)) for s in shapes)
+    largest = max(covering)
+    return geometry.legal_sizes(min(smallest, largest), largest, config.depth)
+
+
 class _Run:
     """One run: the loop and what it writes."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        model: FastUNet,
-        sampler: Sampler,
-        held_out: Sequence[Example],
-        weights: Sequence[float],
-        data: Labelled,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, config: TrainConfig, task: _Task, meter: Meter, choice: Choice | None = None) -> None:
         assert config.steps is not None
-        self.config, self.model, self.sampler, self.device, self.steps = config, model, sampler, device, config.steps
-        self.weights, self.data, self.data_digest = tuple(weights), data, _digest(data.examples)
-        self.loss = BorderWeightedCrossEntropy(
-            config.border_weight,
-            config.border_sigma,
-            class_weight=weights,
-            region=config.border_region,
-            gap=data.kind != "class",
-        )
-        self.validation = Validation(held_out, self.loss)
+        self.config, self.task, self.meter, self.choice = config, task, meter, choice
+        self.model, self.sampler = task.model(config), task.sampler(config)
+        self.device, self.steps = task.device, config.steps
+        self.loss, self.validation = task.loss, task.validation
         self.validate_every = config.validate_every or max(1, round(self.steps / 20))
         self.optimizer = torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         warm = round(config.warmup * self.steps)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _rate(step, warm, self.steps))
@@ -237,23 +369,27 @@ class _Run:
 
     def begin(self) -> None:
         out = self.config.out
-        with replacing(out / "config.toml") as path:
-            path.write_text(self.config.to_toml(), encoding="utf-8")
+        self._write_config()
         with replacing(out / "run.json") as path:
             path.write_text(json.dumps(self._record(), indent=2) + "\n")
         self._write_log()
         writable_folder(out / "checkpoints")
 
+    def _write_config(self) -> None:
+        with replacing(self.config.out / "config.toml") as path:
+            path.write_text(self.config.to_toml(), encoding="utf-8")
+
     def _record(self) -> dict[str, Any]:
         return {
             "command": sys.argv,
-            "labels_understood_as": self.data.kind,
+            "labels_understood_as": self.task.data.kind,
             "classes": self.model.out_channels,
-            "class_weights": self.weights,
+            "class_weights": self.task.weights,
             "training": [e.name for e in self.sampler.examples],
             "validation": [e.name for e in self.validation.examples],
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "net": self.model.settings,
+            "memory": None if self.choice is None else asdict(self.choice),
             "device": str(self.device),
             "versions": {
                 "unet_fast": __version__,
@@ -284,7 +420,7 @@ class _Run:
             "best_step": self.best_step,
             "seconds": self.seconds,
             "config": self.config.as_dict(),
-            "data": self.data_digest,
+            "data": self.task.data_digest,
             "log": self.log,
             "losses": [float(loss) for loss in self.losses],
         }
@@ -298,7 +434,7 @@ class _Run:
                 # in the parameter's own strides, as SGD made it
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(kept)
         about = state.about
-        if about["data"] != self.data_digest:
+        if about["data"] != self.task.data_digest:
             raise BadInput(
                 f"{self.config.images} and {self.config.labels} are not what the run in {self.config.out} began with; "
                 f"their contents must stay, wherever they lie"
@@ -315,12 +451,15 @@ class _Run:
 
     def loop(self, progress: bool) -> None:
         start, before = time.monotonic(), self.seconds
+        self.meter.restart()
         with Progress("train", self.steps, done=self.step, shown=progress) as bar:
             try:
                 # an interrupted report is made up for
                 self._report_if_due()
                 while self.step < self.steps:
-                    self._one_step()
+                    if not self._step_that_fits():
+                        self._come_down("a step found no memory")
+                        continue
                     self.seconds = before + time.monotonic() - start
                     self._report_if_due()
                     bar.advance(self._message())
@@ -328,31 +467,126 @@ class _Run:
                 if not self.updating:
                     self.keep_state()
                 raise
+        if self.choice is not None and (peak := self.meter.peak()) is not None and progress:
+            _to_stderr(f"memory: {gigabytes(peak)} at most, of {gigabytes(self.choice.budget_bytes)}")
 
     def _report_if_due(self) -> None:
         last = self.step == self.steps
         check = last or self.step % self.validate_every == 0
         if self.losses and (check or self.step % self.config.log_every == 0):
             self._report(check)
+            if not last:
+                self._stay_inside()
 
-    def _one_step(self) -> None:
-        # instances and target may stay: the loss moves what it makes of them
-        image, instances, target = self.sampler.batch(self.step)
+    def _step_that_fits(self) -> bool:
+        """Take a step; False where a run with a budget found no memory for it, and nothing has changed."""
+        try:
+            self.one_step()
+        except (MemoryError, RuntimeError) as error:
+            if self.config.memory is None or self.updating or not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _stay_inside(self) -> None:
+        """A budget that was exceeded nevertheless is not exceeded again."""
+        peak = None if self.choice is None else self.meter.peak()
+        if peak is not None and self.choice is not None and peak > self.choice.budget_bytes:
+            self._come_down(f"{gigabytes(peak)} were taken of {gigabytes(self.choice.budget_bytes)}")
+
+    def _come_down(self, why: str) -> None:
+        """Go on in less memory: recompute first, which changes no bit; then a smaller tile."""
+        self.optimizer.zero_grad()
+        config = self.config
+        now = Setting(config.tile or 0, config.precision or "float32", config.recompute or "none")
+        if now.recompute == "none":
+            smaller = Setting(now.tile_in, now.precision, "level")
+        else:
+            limit = _SMALLER * counted_bytes(self.model, now, config.batch)
+            tiles = [n for n in _tiles_for(self.task.learn, config) if n < now.tile_in]
+            settings = [Setting(n, now.precision, "level") for n in reversed(tiles)]
+            fits = (each for each in settings if counted_bytes(self.model, each, config.batch) <= limit)
+            found = next(fits, None)
+            if found is None:
+                raise MemoryError(f"{why}, and {now} is the smallest there is")
+            smaller = found
+        _to_stderr(f"note: {why}; from step {self.step} on with {smaller}")
+        self.config = _with(config, smaller)
+        self.model.recompute = smaller.recompute
+        self.sampler = self.task.sampler(self.config)
+        self._write_config()
+        self.keep_state()
+        self.meter.restart()
+
+    def one_step(self) -> None:
         self.model.train()
+        self.optimizer.zero_grad()
         # dropout's draws belong to the step, not to what was drawn before it; the caller's generators stay as they were
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(ElasticWarp.generator(self.config.seed, -1, self.step).initial_seed())
-            loss: Tensor = self.loss(self.model(image.to(self.device)), instances, target)
-        self.optimizer.zero_grad()
-        loss.backward()
+            loss = self._of_images() if self.config.accumulate == "image" else self._of_tiles()
         if self.config.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.updating = True
         self.optimizer.step()
         self.rate.step()
         self.step += 1
-        self.losses.append(loss.detach())
+        self.losses.append(loss)
         self.updating = False
+
+    def _logits(self, image: Tensor) -> Tensor:
+        precision = self.config.precision or "float32"
+        with torch.autocast(self.device.type, PRECISIONS[precision], enabled=precision != "float32"):
+            logits: Tensor = self.model(image.to(self.device))
+        return logits
+
+    def _of_tiles(self) -> Tensor:
+        """The loss of a batch of tiles; its gradient stays in the parameters."""
+        # instances and target may stay: the loss moves what it makes of them
+        image, instances, target = self.sampler.batch(self.step)
+        loss: Tensor = self.loss(self._logits(image), instances, target)
+        loss.backward()
+        return loss.detach()
+
+    def _of_images(self) -> Tensor:
+        """The same for whole images: the mean over all their pixels, added up tile by tile in the memory of one."""
+        depth, tile, total = self.config.depth, self.sampler.tile, torch.zeros((), device=self.device)
+        pieces = []
+        for image, instances, target in self.sampler.drawn(self.step):
+            size = [geometry.output_size(n, depth) for n in image.shape[1:]]
+            target, weight = self.loss.pixels(instances[None], target[None], (size[0], size[1]), self.task.classes)
+            cuts = [cut_tile(n, tile, depth=depth, up_mode=self.config.up_mode) for n in image.shape[1:]]
+            for (top, height, rows), (left, width, columns) in product(*cuts):
+                read = image[None, :, top : top + height, left : left + width]
+                here = (..., slice(top, top + rows), slice(left, left + columns))
+                pieces.append((read, target[here], weight[here]))
+        valid = max(1, sum(int((target >= 0).sum()) for _, target, _ in pieces))
+        for read, target, weight in pieces:
+            logits = self._logits(read)[..., : target.shape[-2], : target.shape[-1]]
+            loss = unet_kernels.weighted_cross_entropy(
+                logits, target.to(self.device), weight.to(self.device), reduction="sum"
+            )
+            loss = loss / valid
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def fill_momentum(self) -> None:
+        """As after a first step, for one that is to take what all others will."""
+        for p in self.model.parameters():
+            self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    def between_steps(self) -> None:
+        """All that a report does."""
+        writable_folder(self.config.out / "checkpoints")
+        self.optimizer.zero_grad()
+        self.validation.scores(self.model, self._validation_tile)
+        save(self.model, self.config.out / MODEL)
+        self.keep_state()
+
+    @property
+    def _validation_tile(self) -> int | None:
+        return None if self.config.memory is None else self.config.tile
 
     def _report(self, check: bool) -> None:
         loss = float(torch.stack(self.losses).mean())
@@ -368,7 +602,9 @@ class _Run:
         epoch = (self.step - 1) // self.sampler.per_epoch
         row |= {"step": self.step, "epoch": epoch, "lr": f"{lr:.6g}", "loss": f"{loss:.6g}"}
         if check:
-            scores = self.validation.scores(self.model)
+            # no longer needed: room for what comes now
+            self.optimizer.zero_grad()
+            scores = self.validation.scores(self.model, self._validation_tile)
             # IoU and average precision of a few images jump from one validation to the next; the loss does not
             val_loss = scores.get("val_loss")
             # the same step again, where its report was interrupted
@@ -417,6 +653,8 @@ def _refuse_other_run(out: Path) -> None:
 def _continued(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
     """The settings of a run that goes on: what is left open now is as it was, what differs is refused by name."""
     now = config.as_dict()
+    # a run of before there was a choice
+    before = {"precision": "float32", "accumulate": "tile", **before}
     # epochs become steps when the data are known
     for key in sorted(set(now) - {*_FREE_ON_RESUME, "epochs"}):
         if now[key] != before.get(key):

@@ -6,12 +6,12 @@ import numpy as np
 
 import unet_kernels
 
-from . import metrics
+from . import geometry, metrics
 from .cells import find_cells
 from .data import Example
 from .loss import BorderWeightedCrossEntropy
 from .model import FastUNet
-from .tiling import predict
+from .tiling import covering_tile, plan_tiles, predict
 
 __all__ = ["Validation"]
 
@@ -30,22 +30,23 @@ class Validation:
         self.targets = [e.target()[None] for e in self.examples]
         self.weights = [loss.weight(e.instances[None], t) for e, t in zip(self.examples, self.targets, strict=True)]
 
-    def scores(self, model: FastUNet) -> dict[str, float | None]:
-        """The columns val_... of a log's row."""
+    def scores(self, model: FastUNet, largest_tile: int | None = None) -> dict[str, float | None]:
+        """The columns val_... of a log's row; predicted in tiles of the usual size, or of `largest_tile` if smaller."""
         if not self.examples:
             return {}
         normalisation, model.normalisation = model.normalisation, None  # the examples are normalised already
         try:
-            return self._scores(model)
+            return self._scores(model, largest_tile)
         finally:
             model.normalisation = normalisation
 
-    def _scores(self, model: FastUNet) -> dict[str, float | None]:
+    def _scores(self, model: FastUNet, largest_tile: int | None) -> dict[str, float | None]:
         total, pixels, cells = 0.0, 0, metrics.InstanceScores()
         probabilities, truths = [], []
         hits = np.zeros((3, model.out_channels))
         for example, target, weight in zip(self.examples, self.targets, self.weights, strict=True):
-            logits = predict(model, example.image, axes="CYX", output="logits")[None]
+            tile_in = _tile_for(example, model, largest_tile)
+            logits = predict(model, example.image, axes="CYX", tile_in=tile_in, output="logits")[None]
             valid = target.masked_fill(target < 0, -100)
             total += float(unet_kernels.weighted_cross_entropy(logits, valid, weight, reduction="sum"))
             pixels += int((target >= 0).sum())
@@ -72,3 +73,12 @@ class Validation:
             parts = metrics.pixel_error(*pooled, parts=True)
             scores |= {"val_pixel_error": parts["error"], "val_threshold": parts["threshold"]}
         return scores
+
+
+def _tile_for(example: Example, model: FastUNet, largest: int | None) -> int | None:
+    usual = max(plan_tiles(example.instances.shape, model=model).tile_in)
+    if largest is None or usual <= largest:
+        return None
+    # a tile that is to join others keeps one step of pixels at least
+    step = (geometry.step_multiple(model.depth),) * 2
+    return max(largest, *covering_tile(step, depth=model.depth, up_mode=model.up_mode))

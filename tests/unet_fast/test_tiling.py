@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import unet_fast
 from tests.proof.properties import given, settings, st
 from unet_fast import FastUNet, Normalisation, geometry, plan_tiles, predict, tiling
-from unet_fast.memory import bytes_of, estimate, largest_tile
+from unet_fast.memory import estimate, largest_tile
+from unet_fast.units import bytes_of
 
 some = settings(derandomize=True, database=None, deadline=None, max_examples=40)
 many = settings(derandomize=True, database=None, deadline=None, max_examples=400)

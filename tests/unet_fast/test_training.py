@@ -91,7 +91,7 @@ def test_a_run_leaves_its_settings_its_log_its_best_model_and_two_states(drawn: 
     ]
     settings = TrainConfig.read(finished / "config.toml")
     # a net of one pooling covers 64 pixels with 80
-    assert settings == config(drawn, finished, tile=80, classes=2)
+    assert settings == config(drawn, finished, tile=80, classes=2, precision="float32")
     about = json.loads((finished / "run.json").read_text())
     assert about["labels_understood_as"] == "instance"
     assert about["classes"] == 2
@@ -208,9 +208,9 @@ def _half_an_update(count: int) -> Callable[..., Any]:
 
 
 INTERRUPTIONS: dict[str, tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
-    "before the first step": (training._Run, "_one_step", lambda m: _after(1, m)),
-    "before a step": (training._Run, "_one_step", lambda m: _after(5, m)),
-    "after a logged step": (training._Run, "_one_step", lambda m: _after(3, m)),
+    "before the first step": (training._Run, "one_step", lambda m: _after(1, m)),
+    "before a step": (training._Run, "one_step", lambda m: _after(5, m)),
+    "after a logged step": (training._Run, "one_step", lambda m: _after(3, m)),
     "in a forward pass": (FastUNet, "forward", lambda m: _after(2, m)),
     "in the first validation": (Validation, "scores", lambda m: _after(1, m)),
     "in a later validation": (Validation, "scores", lambda m: _after(2, m)),
@@ -247,7 +247,7 @@ def test_maps_that_are_made_again_change_no_bit_and_may_be_asked_for_at_any_time
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_one_step", _after(4, training._Run._one_step))
+        patch.setattr(training._Run, "one_step", _after(4, training._Run.one_step))
         with pytest.raises(KeyboardInterrupt):
             train(config(drawn, run, recompute="level"), progress=False)
     train(config(drawn, run, recompute="none"), resume=True, progress=False)
@@ -262,7 +262,7 @@ def test_killed_where_it_stood_a_run_ends_the_same(
     with monkeypatch.context() as patch:
         # what SIGKILL leaves: no handler ran
         patch.setattr(training._Run, "keep_state", _once(training._Run.keep_state))
-        patch.setattr(training._Run, "_one_step", _after(6, training._Run._one_step))
+        patch.setattr(training._Run, "one_step", _after(6, training._Run.one_step))
         with pytest.raises(KeyboardInterrupt):
             train(config(drawn, run), progress=False)
     assert [p.stem for p in (run / "checkpoints").iterdir()] == ["00000003"]
@@ -330,7 +330,7 @@ def test_what_is_left_open_on_resume_is_as_it_was(drawn: Path, tmp_path: Path, m
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(config(drawn, whole, **settings), progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "_one_step", _after(4, training._Run._one_step))
+        patch.setattr(training._Run, "one_step", _after(4, training._Run.one_step))
         with pytest.raises(KeyboardInterrupt):
             train(config(drawn, run, **settings), progress=False)
     train(config(drawn, run, **dict.fromkeys(settings)), resume=True, progress=False)

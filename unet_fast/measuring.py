@@ -1,0 +1,130 @@
+"""What a piece of work really takes: seconds, and bytes of the device.
+
+A GPU's bytes are what torch's allocator reserves, and CONTEXT_BYTES for what CUDA holds beside it. A CPU's are the
+process's anonymous memory (what it allocates; not files and libraries mapped into it) above what it held when the
+meter was made; Linux keeps a high-water mark that can be set back, so no short peak is missed.
+"""
+
+import ctypes
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["CONTEXT_BYTES", "Measured", "Meter", "is_out_of_memory", "matmul_tflops"]
+
+# CUDA's context and the libraries' handles: 0.3 to 0.6 GB, less on small cards
+CONTEXT_BYTES = 500_000_000
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# to the latter: set the high-water mark to what is held now
+_RESET = "5"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Bytes at most (None where they cannot be known, as on a CPU without /proc) and seconds of one piece of work."""
+
+    bytes: int | None
+    seconds: float
+
+
+class Meter:
+    """Bytes of a device: on a CPU those above what is held now, on a GPU all of this process's, context included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        _give_back()
+        self._before = _anonymous()
+        self._mapped = 0
+
+    def restart(self) -> None:
+        """Forget the peak so far, and give back what nobody needs."""
+        _give_back()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        elif self._before is not None:
+            status = _status()
+            self._mapped = status["RssFile"] + status["RssShmem"]
+            _CLEAR.write_text(_RESET)
+
+    def peak(self) -> int | None:
+        """The most bytes held since `restart`; None where nobody can say."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device) + CONTEXT_BYTES
+        if self._before is None:
+            return None
+        # a library's page that was first touched since then counts too: too much rather than too little
+        return max(0, _status()["VmHWM"] - self._mapped - self._before)
+
+    def measure(self, work: Callable[[], Any], *, calls: int = 1, within_s: float = math.inf) -> Measured:
+        """Bytes over up to `calls` calls of `work`, and the seconds of the fastest: the first may build what stays.
+
+        No further call is begun that would not end within `within_s` seconds.
+        """
+        self.restart()
+        seconds: list[float] = []
+        while len(seconds) < calls and sum(seconds) + min(seconds, default=0.0) <= within_s:
+            self._wait()
+            started = time.perf_counter()
+            work()
+            self._wait()
+            seconds.append(time.perf_counter() - started)
+        return Measured(self.peak(), min(seconds))
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator said so: Python's, torch's on a GPU, or torch's on a CPU (a plain RuntimeError)."""
+    said = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in said or "allocate memory" in said)
+    )
+
+
+def _status() -> dict[str, int]:
+    """Bytes, as Linux has them for this process."""
+    pairs = (line.split() for line in _STATUS.read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) * 1024 for words in pairs if len(words) == 3 and words[2] == "kB"}
+
+
+def _anonymous() -> int | None:
+    try:
+        _CLEAR.write_text(_RESET)
+        return _status()["RssAnon"]
+    except (OSError, KeyError):
+        # another system, or one that forbids it
+        return None
+
+
+def _give_back() -> None:
+    """Hand free memory back to the system: glibc keeps it otherwise."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product: what no convolution on this device beats. The best of a few.
+
+    In float32 on a GPU by tensor cores (tf32) where torch lets convolutions use them.
+    """
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    meter, before = Meter(device), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if torch.backends.cudnn.allow_tf32 else "highest")
+    try:
+        return float(2 * n**3 / meter.measure(lambda: a @ b, calls=10).seconds / 1e12)
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,271 @@
+"""Which tile, precision and recomputation train fastest inside a budget of bytes: counted first, then tried.
+
+The halo costs (tile_in / tile_out)^2 of the work, so a larger tile answers for more pixels a second, as long as it
+fits; recomputing maps makes room for a larger one at a third more work; bfloat16 halves the maps, and is fast on some
+machines and slow on others. Each way is counted (`unet_fast.memory`); one step of the smallest tile tells the
+machine's rate and what it takes beside the count; then the way that promises most is climbed by real steps of growing
+tiles, so that the budget is approached from below, and another only where it promises more than was found.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+
+from . import geometry
+from .errors import BadInput
+from .layers import Layers
+from .measuring import Measured, is_out_of_memory
+from .memory import estimate
+from .model import FastUNet
+from .units import gigabytes
+
+__all__ = ["PRECISIONS", "Choice", "Setting", "Trial", "choose", "counted_bytes"]
+
+# of the maps; weights, their gradients and the loss are float32
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+RECOMPUTE = ("none", "level")
+
+# where a way was measured at one tile only, a larger one takes at most so much for each byte counted more
+_CAUTION = 1.5
+# what a slope between two measurements may be wrong by
+_SLACK = 1.03
+# what is tried is forecast to take at most this share of the budget: trying must not exceed it either
+_MARGIN = 0.95
+# a larger tile is tried if it has this many times the useful pixels of the largest that fits
+_GAIN = 1.1
+# after a tile for which there was no memory at all, one of at most this share of its bytes
+_RETREAT = 0.85
+# bytes per byte counted where none can be measured
+_UNMEASURED = 1.3
+# two speeds are the same within this; then the larger tile is taken
+_NOISE = 0.97
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A way to train: side of the tile that goes in, "float32" or "bfloat16", "none" or "level"."""
+
+    tile_in: int
+    precision: str = "float32"
+    recompute: str = "none"
+
+    def __str__(self) -> str:
+        again = ", recompute level" if self.recompute == "level" else ""
+        return f"tile {self.tile_in}, {self.precision}{again}"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One real step: bytes counted and taken, seconds, useful output Mpixel a second; None where it did not run."""
+
+    setting: Setting
+    counted_bytes: int
+    measured_bytes: int | None
+    seconds: float | None
+    mpixel_per_s: float | None
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The trial that was chosen, all that were made, and why it was this one."""
+
+    chosen: Trial
+    trials: tuple[Trial, ...]
+    budget_bytes: int
+    why: str
+
+    @property
+    def setting(self) -> Setting:
+        return self.chosen.setting
+
+    def table(self) -> str:
+        """For people: what was chosen and why, and a line for each step that was tried."""
+        lines = [f"inside {gigabytes(self.budget_bytes)}: {self.setting}; {self.why}"]
+        lines += ["   tile  precision  recompute   counted   measured  s a step  useful Mpixel/s"]
+        for trial in self.trials:
+            setting = trial.setting
+            ran = trial.seconds is not None
+            took = gigabytes(trial.measured_bytes) if trial.measured_bytes is not None else "unknown" if ran else "-"
+            numbers = f"{trial.seconds:8.3g}  {trial.mpixel_per_s:.3g}" if ran else "       no memory for it"
+            lines.append(
+                f"{'->' if trial is self.chosen else '  '} {setting.tile_in:4d}  {setting.precision:9s}  "
+                f"{setting.recompute:9s}  {gigabytes(trial.counted_bytes):>8s}  {took:>9s}  {numbers}"
+                f"{'' if trial.fits or not ran else '  over'}"
+            )
+        return "\n".join(lines)
+
+
+def choose(
+    net: FastUNet,
+    budget_bytes: int,
+    tiles: Sequence[int],
+    probe: Callable[[Setting], Measured],
+    *,
+    headroom: float = 1.0,
+    batch: int = 1,
+    precisions: Sequence[str] = tuple(PRECISIONS),
+    recompute: Sequence[str] = RECOMPUTE,
+    say: Callable[[str], None] = lambda _: None,
+) -> Choice:
+    """The setting with the most useful output pixels a second whose real step stays inside a budget.
+
+    Args:
+        net: what is trained; only its sizes matter.
+        budget_bytes: for all that `probe` measures.
+        tiles: legal sides that may be chosen, ascending; the last one covers the images.
+        probe: takes one real training step and tells its bytes and seconds; may run out of memory.
+        headroom: the share of the budget that a trial may take; the rest is for what comes in later steps.
+        batch: tiles a step.
+        precisions, recompute: what may be chosen.
+        say: is told what is tried.
+
+    Raises:
+        BadInput: nothing fits; says what the smallest tile takes.
+    """
+    planner = _Planner(net, round(headroom * budget_bytes), batch, probe, say)
+    ways = [_Way(planner, *each) for each in product(precisions, recompute)]
+    for precision in precisions:
+        # nothing is tried that is counted not to fit
+        fitting = [way for way in ways if way.precision == precision and way.largest(tiles[:1])]
+        if fitting:
+            planner.attempt(fitting[0], tiles[0])
+    while True:
+        way = max((way for way in ways if not way.climbed), key=lambda way: way.expected(tiles), default=None)
+        if way is None or way.expected(tiles) <= planner.fastest():
+            break
+        way.climb(tiles)
+    trials = tuple(planner.trials.values())
+    fits = [trial for trial in trials if trial.fits]
+    if not fits:
+        way = min(ways, key=lambda way: way.forecast(tiles[0]))
+        needed = gigabytes(way.forecast(tiles[0]) / _MARGIN / headroom)
+        raise BadInput(f"memory must be at least {needed} for {way.setting(tiles[0])}, got {gigabytes(budget_bytes)}")
+    good = [trial for trial in fits if (trial.mpixel_per_s or 0.0) >= _NOISE * planner.fastest()]
+    chosen = max(good, key=lambda trial: trial.setting.tile_in)
+    return Choice(chosen, trials, budget_bytes, _why(chosen, fits, tiles))
+
+
+def _why(chosen: Trial, fits: Sequence[Trial], tiles: Sequence[int]) -> str:
+    if len(tiles) == 1:
+        return "the tile was given"
+    if chosen.setting.tile_in == tiles[-1]:
+        return "the tile covers the largest image"
+    if chosen.setting.tile_in < max(trial.setting.tile_in for trial in fits):
+        return "larger tiles fit, but give fewer useful pixels a second here"
+    return "the most useful pixels a second of what fits"
+
+
+def counted_bytes(net: FastUNet, setting: Setting, batch: int = 1) -> int:
+    """`unet_fast.memory.estimate` of a training step with momentum, weights included."""
+    return estimate(
+        net,
+        setting.tile_in,
+        dtype=PRECISIONS[setting.precision],
+        autocast=setting.precision != "float32",
+        batch=batch,
+        recompute=setting.recompute,
+    ).total
+
+
+class _Planner:
+    """The steps tried so far, and what they tell about those that were not."""
+
+    def __init__(
+        self, net: FastUNet, budget: int, batch: int, probe: Callable[[Setting], Measured], say: Callable[[str], None]
+    ) -> None:
+        self.net, self.budget, self.batch, self.probe, self.say = net, budget, batch, probe, say
+        self.trials: dict[Setting, Trial] = {}
+        # FLOP a second, by precision, of the last tile tried
+        self.rates: dict[str, float] = {}
+        # bytes that the smallest tile took beside those counted
+        self.beside = 0
+
+    def useful(self, tile: int) -> float:
+        """Mpixel that a step answers for."""
+        return self.batch * geometry.output_size(tile, self.net.depth) ** 2 / 1e6
+
+    def work(self, setting: Setting) -> float:
+        layers = Layers(self.net, setting.tile_in, setting.tile_in)
+        return self.batch * layers.flop("train", again=setting.recompute == "level")
+
+    def fastest(self) -> float:
+        return max((trial.mpixel_per_s or 0.0 for trial in self.trials.values() if trial.fits), default=0.0)
+
+    def attempt(self, way: "_Way", tile: int) -> Trial:
+        setting = way.setting(tile)
+        counted = counted_bytes(self.net, setting, self.batch)
+        self.say(f"trying a step of {setting}")
+        try:
+            found = self.probe(setting)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            trial = Trial(setting, counted, None, None, None, fits=False)
+        else:
+            took = round(counted * _UNMEASURED) if found.bytes is None else found.bytes
+            if not self.trials:
+                self.beside = max(0, took - counted)
+            way.points.append((counted, took))
+            self.rates[way.precision] = self.work(setting) / found.seconds
+            speed = self.useful(tile) / found.seconds
+            trial = Trial(setting, counted, found.bytes, found.seconds, speed, fits=took <= self.budget)
+        self.trials[setting] = trial
+        return trial
+
+
+class _Way:
+    """One precision and recomputation."""
+
+    def __init__(self, planner: _Planner, precision: str, recompute: str) -> None:
+        self.planner, self.precision, self.recompute = planner, precision, recompute
+        # (bytes counted, bytes taken), in the order of trying
+        self.points: list[tuple[int, int]] = []
+        self.climbed = False
+
+    def setting(self, tile: int) -> Setting:
+        return Setting(tile, self.precision, self.recompute)
+
+    def forecast(self, tile: int) -> float:
+        """Bytes of a tile, by those that were tried."""
+        counted = counted_bytes(self.planner.net, self.setting(tile), self.planner.batch)
+        if not self.points:
+            return counted + self.planner.beside
+        last, took = self.points[-1]
+        slope = _CAUTION
+        if len(self.points) > 1:
+            before, took_before = self.points[-2]
+            slope = _SLACK * max(0.5, (took - took_before) / (last - before))
+        return took + slope * (counted - last)
+
+    def largest(self, tiles: Sequence[int]) -> int | None:
+        """The largest of `tiles` whose forecast fits."""
+        limit = _MARGIN * self.planner.budget
+        return next((tile for tile in reversed(tiles) if self.forecast(tile) <= limit), None)
+
+    def expected(self, tiles: Sequence[int]) -> float:
+        """Useful Mpixel a second of the largest tile whose forecast fits, at the rate that was measured last."""
+        tile = self.largest(tiles)
+        if tile is None:
+            return 0.0
+        rate = self.planner.rates.get(self.precision, 0.0)
+        return self.planner.useful(tile) * rate / self.planner.work(self.setting(tile))
+
+    def climb(self, tiles: Sequence[int]) -> None:
+        """Try larger and larger tiles, until the next has little more to give."""
+        self.climbed = True
+        planner = self.planner
+        while True:
+            tile = self.largest(tiles)
+            mine = [s.tile_in for s, t in planner.trials.items() if t.fits and s == self.setting(s.tile_in)]
+            reached = max(map(planner.useful, mine), default=0.0)
+            if tile is None or self.setting(tile) in planner.trials or planner.useful(tile) < _GAIN * reached:
+                return
+            trial = planner.attempt(self, tile)
+            if trial.seconds is None:
+                least = _RETREAT * trial.counted_bytes
+                tiles = [t for t in tiles if counted_bytes(planner.net, self.setting(t), planner.batch) <= least]
+            elif not trial.fits:
+                tiles = [t for t in tiles if t < tile]
