@@ -58,6 +58,12 @@ class Preset(StrEnum):
     SMALL = "small"
 
 
+class Mode(StrEnum):
+    BOTH = "both"
+    TRAIN = "train"
+    PREDICT = "predict"
+
+
 class Recompute(StrEnum):
     NONE = "none"
     LEVEL = "level"
@@ -381,6 +387,62 @@ def check_data(
         typer.echo(_data(found.as_dict()) if as_json else found.render())
         if found.problems:
             raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+def profile(
+    mode: Annotated[Mode, typer.Option(help="train, predict, or both.")] = Mode.BOTH,
+    memory: Annotated[
+        str | None, typer.Option(help="Budget such as 6GB: tell the largest tile of each way, measure none above.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="Training run or model.safetensors; default: the paper's net.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Instead of a model: channels per level, such as 16,32,64,128.")
+    ] = None,
+    channels: Annotated[int, typer.Option(help="Channels of the image.", min=1)] = 1,
+    classes: Annotated[int, typer.Option("--classes", "-c", help="Classes, background included.", min=1)] = 2,
+    up_mode: Annotated[UpMode, typer.Option(help="Up-convolution: deconv or resize.")] = UpMode.DECONV,
+    tiles: Annotated[str | None, typer.Option(help="Sides to look at, such as 188,572; default: a ladder.")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="One only; default: both.")] = None,
+    recompute: Annotated[Recompute | None, typer.Option(help="One only; default: both, in training.")] = None,
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Tiles at a time.", min=1)] = 1,
+    seconds: Annotated[float, typer.Option(help="Time for measuring; 0: count only.", min=0.0)] = 60.0,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Where bytes and time go, layer by layer; of --tiles' first, or of 572.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    as_json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw memory against tile, and speed against memory: a .png.")] = (
+        None
+    ),
+    quiet: Quiet = False,
+) -> None:
+    """Show what a tile costs, before training: memory, time, useful pixels a second; by counting and by real steps."""
+    if model is not None and features is not None:
+        raise typer.BadParameter("a model has its own", param_hint="--features")
+    widths = None if features is None else _numbers("--features", features)
+    sides = None if tiles is None else _numbers("--tiles", tiles)
+    with _sentences():
+        from .profiling import report
+
+        found = report(
+            model=model,
+            net={"in_channels": channels, "out_channels": classes, "features": widths, "up_mode": up_mode.value},
+            modes=("train", "predict") if mode is Mode.BOTH else (mode.value,),
+            precisions=None if precision is None else (precision.value,),
+            recompute=None if recompute is None else (recompute.value,),
+            memory=memory,
+            tiles=sides,
+            batch=batch,
+            seconds=seconds,
+            layers=layers,
+            device=device,
+            plot=plot,
+            say=(lambda _: None) if quiet else lambda text: typer.echo(text, err=True),
+        )
+        typer.echo(_data(found.as_dict()) if as_json else found.render())
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Pictures of what the net saw, was taught and found. All from arrays and files; none needs a screen."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,26 @@ from unet_kernels import ERROR_KINDS
 
 from .files import replacing
 
-__all__ = ["draw_curves", "draw_elastic", "draw_errors", "draw_prediction", "draw_seams", "draw_weight", "outlined"]
+__all__ = [
+    "Curve",
+    "draw_curves",
+    "draw_elastic",
+    "draw_errors",
+    "draw_prediction",
+    "draw_profile",
+    "draw_seams",
+    "draw_weight",
+    "outlined",
+]
 
 # told apart by colour-blind readers too
 TRUTH, FOUND = (0, 190, 220), (255, 140, 0)
 SPLIT, MERGED = (255, 40, 40), (60, 120, 255)
 _ZOOM = 3
+# Okabe and Ito's, which colour-blind readers tell apart
+_COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000")
+# memory of the graphics cards that labs have
+_CARDS_GB = (4, 6, 8, 12, 24)
 
 
 def outlined(
@@ -193,6 +208,67 @@ def draw_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, float | Non
         if axis.lines:
             axis.legend(fontsize=8)
     _save(figure, path)
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One way of training or predicting: bytes counted for each tile, useful Mpixel a second expected of it (none where
+    nothing was measured), and (tile, bytes, useful Mpixel a second) that were measured."""
+
+    name: str
+    tiles: Sequence[int]
+    counted_bytes: Sequence[int]
+    expected: Sequence[float]
+    measured: Sequence[tuple[int, int, float]]
+
+
+def draw_profile(path: Path, curves: Sequence[Curve], title: str) -> None:
+    """Memory against tile, with the cards that people have; useful pixels a second against memory."""
+    figure = Figure(figsize=(12.5, 5.2), layout="constrained")
+    memory, speed = figure.subplots(1, 2)
+    figure.suptitle(title)
+    for number, curve in enumerate(curves):
+        colour, style = _COLOURS[number % len(_COLOURS)], "--" if curve.name.startswith("predict") else "-"
+        memory.plot(curve.tiles, _gb(curve.counted_bytes), style, color=colour, linewidth=1.6, label=curve.name)
+        if curve.measured:
+            tiles, taken, speeds = zip(*curve.measured, strict=True)
+            memory.plot(tiles, _gb(taken), "o", color=colour, markersize=4.5)
+            speed.plot(_gb(taken), speeds, "o", color=colour, markersize=4.5)
+        if curve.expected:
+            speed.plot(_gb(curve.counted_bytes), curve.expected, style, color=colour, linewidth=1.6, label=curve.name)
+    top = max(26.0, *(size / 1e9 for curve in curves for size in curve.counted_bytes[:1]))
+    for card in _CARDS_GB:
+        memory.axhline(card, color="0.6", linewidth=0.8, zorder=0)
+        memory.annotate(
+            f"{card} GB", (1, card), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+        )
+        if speed.lines:
+            speed.axvline(card, color="0.6", linewidth=0.8, zorder=0)
+            speed.annotate(
+                f"{card}", (card, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8
+            )
+    least = min(min(curve.counted_bytes) for curve in curves) / 1e9
+    memory.set(
+        xlabel="side of the tile that goes in (pixels)",
+        ylabel="memory (GB)",
+        yscale="log",
+        ylim=(least / 1.5, top * 1.3),
+    )
+    memory.set_title("how large may a tile be?  lines: counted, dots: measured", fontsize=10)
+    memory.legend(fontsize=8, loc="lower right")
+    speed.set(xlabel="memory (GB)", ylabel="useful output Mpixel a second", xscale="log", xlim=(least / 1.5, top * 1.3))
+    speed.set_title("what is it worth?  dots: measured, lines: at the rate of the largest measured", fontsize=10)
+    for axis in (memory, speed):
+        axis.grid(alpha=0.25)
+    for axis in (memory.yaxis, speed.xaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+    if not speed.lines:
+        speed.annotate("nothing was measured", (0.5, 0.5), xycoords="axes fraction", ha="center")
+    _save(figure, path)
+
+
+def _gb(sizes: Sequence[int]) -> list[float]:
+    return [size / 1e9 for size in sizes]
 
 
 def _curve(axis: Axes, log: Sequence[Mapping[str, float | None]], key: str, name: str, colour: str, style: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CONTEXT_BYTES", "Measured", "Meter", "is_out_of_memory", "matmul_tflops"]
+__all__ = ["CONTEXT_BYTES", "Measured", "Meter", "is_out_of_memory", "roof_tflops"]
 
 # CUDA's context and the libraries' handles: 0.3 to 0.6 GB, less on small cards
 CONTEXT_BYTES = 500_000_000
@@ -115,16 +115,26 @@ def _give_back() -> None:
         trim(0)
 
 
-def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matrix product: what no convolution on this device beats. The best of a few.
+def roof_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s that nothing here beats by much: the faster of a large matrix product and a wide convolution.
 
-    In float32 on a GPU by tensor cores (tf32) where torch lets convolutions use them.
+    Both, because a processor's library for the one may be slower than that for the other. In float32 on a GPU by
+    tensor cores (tf32) where torch lets convolutions use them.
     """
-    n = 8192 if device.type == "cuda" else 1024
+    n, channels, side = (8192, 512, 256) if device.type == "cuda" else (2048, 256, 66)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    x, weight = (
+        torch.randn(1, channels, side, side, device=device),
+        torch.randn(channels, channels, 3, 3, device=device),
+    )
+    x, weight = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    works: list[tuple[float, Callable[[], Any]]] = [
+        (2.0 * n**3, lambda: a @ b),
+        (2.0 * 9 * channels**2 * (side - 2) ** 2, lambda: torch.nn.functional.conv2d(x, weight)),
+    ]
     meter, before = Meter(device), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if torch.backends.cudnn.allow_tf32 else "highest")
     try:
-        return float(2 * n**3 / meter.measure(lambda: a @ b, calls=10).seconds / 1e12)
+        return max(flop / meter.measure(work, calls=20, within_s=1.5).seconds for flop, work in works) / 1e12
     finally:
         torch.set_float32_matmul_precision(before)

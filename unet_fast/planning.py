@@ -21,7 +21,7 @@ from .memory import estimate
 from .model import FastUNet
 from .units import gigabytes
 
-__all__ = ["PRECISIONS", "Choice", "Setting", "Trial", "choose", "counted_bytes"]
+__all__ = ["PRECISIONS", "RECOMPUTE", "Choice", "Setting", "Trial", "choose", "counted_bytes"]
 
 # of the maps; weights, their gradients and the loss are float32
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
