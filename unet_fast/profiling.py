@@ -130,7 +130,7 @@ class Profile:
             shape = f"{each.channels} x {each.rows} x {each.columns}"
             rate = each.gflop / each.forward_ms if each.forward_ms else None
             lines.append(
-                f"{each.name:18s} {shape:20s} {each.map_bytes / 1e6:7.1f} {each.gflop:8.2f}  "
+                f"{each.name:18s} {shape:20s} {each.map_bytes / 1e6:7.1f} {_digits(each.gflop):>8s}  "
                 f"{_or_dash(each.forward_ms):>10s}  {_or_dash(rate):>7s}  {_or_dash(each.backward_ms):>11s}"
             )
         return lines
@@ -151,7 +151,7 @@ def _line(row: Row, budget: int | None) -> str:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _or_dash(value: float | None, how: str = ".3g") -> str:
@@ -446,6 +446,8 @@ class _Bench:
             self.context = multiprocessing.get_context("forkserver")
             # imported once, before the forks; the optimizer would import the compiler
             self.context.set_forkserver_preload([__name__, "torch._dynamo"])
+            with ProcessPoolExecutor(1, mp_context=self.context) as child:
+                child.submit(int).result()
 
     def measure(self, task: _Task, within_s: float) -> Measured | None:
         """None: there was no memory for it."""
