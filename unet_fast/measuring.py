@@ -8,15 +8,20 @@ meter was made; Linux keeps a high-water mark that can be set back, so no short 
 import ctypes
 import gc
 import math
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["CONTEXT_BYTES", "Measured", "Meter", "is_out_of_memory", "roof_tflops"]
+__all__ = ["CONTEXT_BYTES", "Apart", "Measured", "Meter", "is_out_of_memory", "roof_tflops"]
+
+T = TypeVar("T")
 
 # CUDA's context and the libraries' handles: 0.3 to 0.6 GB, less on small cards
 CONTEXT_BYTES = 500_000_000
@@ -82,6 +87,42 @@ class Meter:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class Apart:
+    """Calls functions where their memory is theirs alone: on a CPU each in a new process, on a GPU in this one.
+
+    A process that has done other work holds a heap in pieces and libraries' caches, up to half as much again
+    (docs/findings/0008-a-heap-in-pieces.md). Functions and arguments must be picklable, and `imports` are the modules
+    that hold them; where no process can be made (no fork server on this system) all is called here.
+    """
+
+    def __init__(self, device: torch.device, *imports: str) -> None:
+        self.context = None
+        if device.type == "cpu" and "forkserver" in multiprocessing.get_all_start_methods():
+            self.context = multiprocessing.get_context("forkserver")
+            # imported once, before the forks; an optimizer would import the compiler
+            self.context.set_forkserver_preload([*imports, "torch._dynamo"])
+
+    def __call__(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns.
+
+        Raises:
+            MemoryError: its process was ended, as systems do that have no memory left.
+            Exception: whatever it raises.
+        """
+        if self.context is None:
+            return function(*arguments)
+        try:
+            with ProcessPoolExecutor(1, mp_context=self.context) as child:
+                return child.submit(_with_threads, torch.get_num_threads(), function, arguments).result()
+        except BrokenProcessPool as error:
+            raise MemoryError("the system ended a process, which it does when memory runs out") from error
+
+
+def _with_threads(threads: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    torch.set_num_threads(threads)
+    return function(*arguments)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

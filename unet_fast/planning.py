@@ -29,6 +29,8 @@ RECOMPUTE = ("none", "level")
 
 # where a way was measured at one tile only, a larger one takes at most so much for each byte counted more
 _CAUTION = 1.5
+# a tile takes at least this for every byte counted more
+_LEAST = 0.5
 # what a slope between two measurements may be wrong by
 _SLACK = 1.03
 # what is tried is forecast to take at most this share of the budget: trying must not exceed it either
@@ -84,7 +86,7 @@ class Choice:
     def table(self) -> str:
         """For people: what was chosen and why, and a line for each step that was tried."""
         lines = [f"inside {gigabytes(self.budget_bytes)}: {self.setting}; {self.why}"]
-        lines += ["   tile  precision  recompute   counted   measured  s a step  useful Mpixel/s"]
+        lines += ["   tile  precision  recompute   counted   measured   seconds  useful Mpixel/s"]
         for trial in self.trials:
             setting = trial.setting
             ran = trial.seconds is not None
@@ -221,7 +223,7 @@ class _Way:
 
     def __init__(self, planner: _Planner, precision: str, recompute: str) -> None:
         self.planner, self.precision, self.recompute = planner, precision, recompute
-        # (bytes counted, bytes taken), in the order of trying
+        # (bytes counted, bytes taken)
         self.points: list[tuple[int, int]] = []
         self.climbed = False
 
@@ -231,14 +233,21 @@ class _Way:
     def forecast(self, tile: int) -> float:
         """Bytes of a tile, by those that were tried."""
         counted = counted_bytes(self.planner.net, self.setting(tile), self.planner.batch)
-        if not self.points:
+        points = sorted(self.points)
+        if not points:
             return counted + self.planner.beside
-        last, took = self.points[-1]
-        slope = _CAUTION
-        if len(self.points) > 1:
-            before, took_before = self.points[-2]
-            slope = _SLACK * max(0.5, (took - took_before) / (last - before))
-        return took + slope * (counted - last)
+        below = [point for point in points if point[0] <= counted]
+        above = [point for point in points if point[0] > counted]
+        if below and above:
+            (c0, took0), (c1, took1) = below[-1], above[0]
+            return took0 + (took1 - took0) * (counted - c0) / (c1 - c0)
+        if above:
+            return above[0][1] - _LEAST * (above[0][0] - counted)
+        (c1, took1), slope = below[-1], _CAUTION
+        if len(below) > 1:
+            c0, took0 = below[-2]
+            slope = _SLACK * max(_LEAST, (took1 - took0) / (c1 - c0))
+        return took1 + slope * (counted - c1)
 
     def largest(self, tiles: Sequence[int]) -> int | None:
         """The largest of `tiles` whose forecast fits."""

@@ -5,11 +5,8 @@ takes real steps, the small tiles first, as long as `seconds` last.
 """
 
 import math
-import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from .errors import BadInput
 from .figures import Curve, draw_profile
 from .files import writable_folder
 from .layers import Layers
-from .measuring import CONTEXT_BYTES, Measured, Meter, is_out_of_memory, roof_tflops
+from .measuring import CONTEXT_BYTES, Apart, Measured, Meter, is_out_of_memory, roof_tflops
 from .memory import Estimate, estimate, largest_tile
 from .model import FastUNet
 from .planning import PRECISIONS, RECOMPUTE
@@ -192,11 +189,16 @@ def profile(
     roof = {name: roof_tflops(device, PRECISIONS[name]) for name in dict.fromkeys(way.precision for way in ways)}
     rows: dict[Way, list[Row]] = {way: [] for way in ways}
     if seconds > 0:
-        bench, deadline = _Bench(device), time.monotonic() + seconds
+        apart = Apart(device, __name__)
+        # its start is not measuring
+        apart(int)
+        deadline = time.monotonic() + seconds
         limit = min(_capacity(device), math.inf if budget_bytes is None else budget_bytes)
         for way, share in zip(ways, _shares(ways), strict=True):
             until = time.monotonic() + share * max(0.0, deadline - time.monotonic())
-            rows[way] = list(_measured(net, way, counted[way], roof[way.precision], bench, until, limit, batch, say))
+            rows[way] = list(
+                _measured(net, way, counted[way], roof[way.precision], apart, device, until, limit, batch, say)
+            )
     else:
         rows = {way: [_row(net, way, each, batch) for each in counted[way]] for way in ways}
     found = Profile(
@@ -396,7 +398,8 @@ def _measured(
     way: Way,
     counted: Sequence[Estimate],
     roof: float,
-    bench: "_Bench",
+    apart: Apart,
+    device: torch.device,
     until: float,
     limit: float,
     batch: int,
@@ -411,8 +414,11 @@ def _measured(
             yield _row(net, way, each, batch)
             continue
         say(f"measuring {way}, tile {each.tile_in[0]}")
-        found = bench.measure(_Task(net.settings, way, each.tile_in[0], batch), min(5.0, left / 4))
-        if found is None:
+        try:
+            found = apart(_measure, net.settings, way, each.tile_in[0], batch, device, min(5.0, left / 4))
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             limit = each.total - 1
             yield _row(net, way, each, batch)
             continue
@@ -420,54 +426,14 @@ def _measured(
         yield _row(net, way, each, batch, (found.bytes, found.seconds), roof)
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    net: dict[str, Any]
-    way: Way
-    tile_in: int
-    batch: int
-
-    def measure(self, device: torch.device, within_s: float) -> Measured:
-        # what a first step builds once and for all is nobody's row: threads, handles
-        small = {**self.net, "features": (4, 4)}
-        _Work(small, Way("train", self.way.precision, "level"), 1, device).on(geometry.legal_sizes(1, 99, 1)[0])()
-        meter = Meter(device)
-        return meter.measure(_Work(self.net, self.way, self.batch, device).on(self.tile_in), calls=3, within_s=within_s)
-
-
-class _Bench:
-    """Measures one task after the other. On a CPU each in a process of its own: a heap that has seen other tiles is in
-    pieces, and holds half as much again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.context = None
-        if device.type == "cpu" and Meter(device).peak() is not None:
-            self.context = multiprocessing.get_context("forkserver")
-            # imported once, before the forks; the optimizer would import the compiler
-            self.context.set_forkserver_preload([__name__, "torch._dynamo"])
-            with ProcessPoolExecutor(1, mp_context=self.context) as child:
-                child.submit(int).result()
-
-    def measure(self, task: _Task, within_s: float) -> Measured | None:
-        """None: there was no memory for it."""
-        try:
-            if self.context is None:
-                return task.measure(self.device, within_s)
-            with ProcessPoolExecutor(1, mp_context=self.context) as child:
-                return child.submit(_in_child, task, within_s, torch.get_num_threads()).result()
-        except BrokenProcessPool:
-            # killed, by a system that had none left
-            return None
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-
-
-def _in_child(task: _Task, within_s: float, threads: int) -> Measured:
-    torch.set_num_threads(threads)
-    return task.measure(torch.device("cpu"), within_s)
+def _measure(
+    net: dict[str, Any], way: Way, tile_in: int, batch: int, device: torch.device, within_s: float
+) -> Measured:
+    # what a first step builds once and for all is nobody's row: threads, handles
+    small, tiny = {**net, "features": (4, 4)}, geometry.legal_sizes(1, 99, 1)[0]
+    _Work(small, Way("train", way.precision, "level"), 1, device).on(tiny)()
+    meter = Meter(device)
+    return meter.measure(_Work(net, way, batch, device).on(tile_in), calls=3, within_s=within_s)
 
 
 class _Work:

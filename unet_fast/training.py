@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,6 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+# an optimizer imports it when it is made: here, so that it is no memory of a run
+import torch._dynamo
 from torch import Tensor
 
 import unet_kernels
@@ -38,7 +41,7 @@ from .errors import BadInput
 from .figures import draw_curves
 from .files import replacing, writable_folder
 from .loss import BorderWeightedCrossEntropy
-from .measuring import CONTEXT_BYTES, Measured, Meter, is_out_of_memory
+from .measuring import CONTEXT_BYTES, Apart, Measured, Meter, is_out_of_memory
 from .model import FastUNet
 from .normalisation import Normalisation
 from .planning import PRECISIONS, RECOMPUTE, Choice, Setting, choose, counted_bytes
@@ -71,6 +74,9 @@ _FREE_ON_RESUME = ("out", "device", "memory", "recompute", "log_every", "images"
 
 # the heap of a CPU's process grows by up to a tenth over its first steps; a GPU's allocator is held to the budget
 _HEADROOM = {"cpu": 0.9}
+
+# tiles of a whole image that a trial looks at
+_TRIED = 4
 
 # a step that found no memory is tried again with a tile of at most this share of its bytes
 _SMALLER = 0.85
@@ -111,16 +117,14 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         config = _continued(config, state.about["config"])
     else:
         _refuse_other_run(config.out)
-    task = _prepare(config, device)
-    config = config.with_(classes=task.classes, images=config.images.absolute(), labels=config.labels.absolute())
+    config = config.with_(images=config.images.absolute(), labels=config.labels.absolute())
     choice = None
     with _capped(config, device):
         if config.memory is not None:
-            say = _to_stderr if progress else _to_nobody
-            config, choice = _inside_budget(config, task, meter, say)
-        else:
-            tile = config.tile or _tile_for(task.learn, config)
-            config = config.with_(tile=tile, precision=config.precision or "float32")
+            config, choice = _inside_budget(config, device, _to_stderr if progress else _to_nobody)
+        task = _prepare(config, device)
+        tile = config.tile or _tile_for(task.learn, config)
+        config = config.with_(classes=task.classes, tile=tile, precision=config.precision or "float32")
         sampler = task.sampler(config)
         steps = config.steps or (config.epochs * sampler.per_epoch if config.epochs else 10_000)
         config = config.with_(steps=steps, epochs=None)
@@ -231,28 +235,25 @@ def _capped(config: TrainConfig, device: torch.device) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
-def _inside_budget(
-    config: TrainConfig, task: _Task, meter: Meter, say: Callable[[str], None]
-) -> tuple[TrainConfig, Choice]:
-    """The config with tile, precision and recomputation chosen, each tried by a real step; the last one with all that
-    comes between steps too."""
+def _inside_budget(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> tuple[TrainConfig, Choice]:
+    """The config with tile, precision and recomputation chosen, each tried by real steps, and with it what comes
+    between steps."""
     assert config.memory is not None
     budget = bytes_of(config.memory)
-    steps = {"steps": config.steps or 1, "epochs": None}
-
-    def probe(setting: Setting) -> Measured:
-        run = _Run(_with(config, setting).with_(**steps), task, meter)
-        run.fill_momentum()
-        return meter.measure(run.one_step, calls=3, within_s=10.0)
-
+    task = _prepare(config, device)
+    config, net = config.with_(classes=task.classes), task.model(config)
+    tiles = [config.tile] if config.tile else _tiles_for(task.learn, config)
+    # on a CPU the trials are other processes, with the data once more
+    del task
+    apart, steps = Apart(device, __name__), {"steps": config.steps or 1, "epochs": None}
     choice = choose(
-        task.model(config),
+        net,
         budget,
-        [config.tile] if config.tile else _tiles_for(task.learn, config),
-        probe,
-        headroom=_HEADROOM.get(task.device.type, 1.0),
+        tiles,
+        lambda setting: apart(_measure_steps, _with(config, setting).with_(**steps), device),
+        headroom=_HEADROOM.get(device.type, 1.0),
         batch=1 if config.accumulate == "image" else config.batch,
-        precisions=[config.precision] if config.precision else _precisions(task.device),
+        precisions=[config.precision] if config.precision else _precisions(device),
         recompute=[config.recompute] if config.recompute else RECOMPUTE,
         say=say,
     )
@@ -260,13 +261,38 @@ def _inside_budget(
     config = _with(config, choice.setting)
     writable_folder(config.out)
     with TemporaryDirectory(dir=config.out) as place:
-        run = _Run(config.with_(out=Path(place), **steps), task, meter)
-        run.fill_momentum()
-        between = meter.measure(run.between_steps).bytes
+        between = apart(_measure_between_steps, config.with_(out=Path(place), **steps), device).bytes
     if between is not None and between > budget:
         what = "validation and checkpoints take that, whatever the tile"
         raise BadInput(f"memory must be at least {gigabytes(between)}: {what}; got {config.memory}")
     return config, choice
+
+
+def _measure_steps(config: TrainConfig, device: torch.device) -> Measured:
+    """Of a batch of tiles; where a step sees whole images, a tile's share of it, by a few of their tiles."""
+    run, meter = _trial(config, device)
+    if config.accumulate == "tile":
+        return meter.measure(run.one_step, calls=3, within_s=10.0)
+    started = time.perf_counter()
+    pieces = [target.numel() for _, target, _ in run.pieces()]
+    drawing, tried = time.perf_counter() - started, min(_TRIED, len(pieces))
+    found = meter.measure(lambda: run.one_step(tried), calls=2, within_s=10.0)
+    # what else a machine does may have made drawing slow
+    of_tiles = max(found.seconds - drawing, 0.1 * found.seconds)
+    whole = drawing + of_tiles * len(pieces) / tried
+    return replace(found, seconds=whole * run.sampler.tile_out**2 / sum(pieces))
+
+
+def _measure_between_steps(config: TrainConfig, device: torch.device) -> Measured:
+    run, meter = _trial(config, device)
+    return meter.measure(run.between_steps)
+
+
+def _trial(config: TrainConfig, device: torch.device) -> "tuple[_Run, Meter]":
+    meter = Meter(device)
+    run = _Run(config, _prepare(config, device), meter)
+    run.fill_momentum()
+    return run, meter
 
 
 def _with(config: TrainConfig, setting: Setting) -> TrainConfig:
@@ -302,6 +328,9 @@ def _summary(config: TrainConfig, task: _Task, model: FastUNet) -> str:
 def resumed_config(out: Path, **overrides: Any) -> TrainConfig:
     """The settings of the run in `out`, for continuing it."""
     settings = read_toml(out / "config.toml")
+    if overrides.get("memory") is not None:
+        # what another budget needs is found out again
+        settings.pop("recompute", None)
     if overrides.get("epochs") is not None:
         del settings["steps"]  # the same run, its length said as it was at first
     return TrainConfig.from_dict({**settings, "out": str(out)}, **overrides)
@@ -518,13 +547,14 @@ class _Run:
         self.keep_state()
         self.meter.restart()
 
-    def one_step(self) -> None:
+    def one_step(self, tiles: int | None = None) -> None:
+        """Draw, forward, backward, update; of whole images the first `tiles` only, if that is all one wants to see."""
         self.model.train()
         self.optimizer.zero_grad()
         # dropout's draws belong to the step, not to what was drawn before it; the caller's generators stay as they were
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(ElasticWarp.generator(self.config.seed, -1, self.step).initial_seed())
-            loss = self._of_images() if self.config.accumulate == "image" else self._of_tiles()
+            loss = self._of_images(tiles) if self.config.accumulate == "image" else self._of_tiles()
         if self.config.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.updating = True
@@ -548,20 +578,11 @@ class _Run:
         loss.backward()
         return loss.detach()
 
-    def _of_images(self) -> Tensor:
+    def _of_images(self, tiles: int | None = None) -> Tensor:
         """The same for whole images: the mean over all their pixels, added up tile by tile in the memory of one."""
-        depth, tile, total = self.config.depth, self.sampler.tile, torch.zeros((), device=self.device)
-        pieces = []
-        for image, instances, target in self.sampler.drawn(self.step):
-            size = [geometry.output_size(n, depth) for n in image.shape[1:]]
-            target, weight = self.loss.pixels(instances[None], target[None], (size[0], size[1]), self.task.classes)
-            cuts = [cut_tile(n, tile, depth=depth, up_mode=self.config.up_mode) for n in image.shape[1:]]
-            for (top, height, rows), (left, width, columns) in product(*cuts):
-                read = image[None, :, top : top + height, left : left + width]
-                here = (..., slice(top, top + rows), slice(left, left + columns))
-                pieces.append((read, target[here], weight[here]))
+        pieces, total = self.pieces(), torch.zeros((), device=self.device)
         valid = max(1, sum(int((target >= 0).sum()) for _, target, _ in pieces))
-        for read, target, weight in pieces:
+        for read, target, weight in pieces[:tiles]:
             logits = self._logits(read)[..., : target.shape[-2], : target.shape[-1]]
             loss = unet_kernels.weighted_cross_entropy(
                 logits, target.to(self.device), weight.to(self.device), reduction="sum"
@@ -570,6 +591,19 @@ class _Run:
             loss.backward()
             total += loss.detach()
         return total
+
+    def pieces(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(image, target, weight) of each tile of this step's whole images; each output pixel is in one of them."""
+        depth, pieces = self.config.depth, []
+        for image, instances, target in self.sampler.drawn(self.step):
+            size = [geometry.output_size(n, depth) for n in image.shape[1:]]
+            target, weight = self.loss.pixels(instances[None], target[None], (size[0], size[1]), self.task.classes)
+            cuts = [cut_tile(n, self.sampler.tile, depth=depth, up_mode=self.config.up_mode) for n in image.shape[1:]]
+            for (top, height, rows), (left, width, columns) in product(*cuts):
+                read = image[None, :, top : top + height, left : left + width]
+                here = (..., slice(top, top + rows), slice(left, left + columns))
+                pieces.append((read, target[here], weight[here]))
+        return pieces
 
     def fill_momentum(self) -> None:
         """As after a first step, for one that is to take what all others will."""
