@@ -248,22 +248,25 @@ def draw_profile(path: Path, curves: Sequence[Curve], title: str) -> None:
                 f"{card}", (card, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8
             )
     least = min(min(curve.counted_bytes) for curve in curves) / 1e9
-    memory.set(
-        xlabel="side of the tile that goes in (pixels)",
-        ylabel="memory (GB)",
-        yscale="log",
-        ylim=(least / 1.5, top * 1.3),
-    )
+    sides = sorted({side for curve in curves for side in curve.tiles})
+    memory.set(xlabel="side of the tile that goes in (pixels)", ylabel="memory (GB)")
+    memory.set(xscale="log", yscale="log", ylim=(least / 1.5, top * 1.3))
+    memory.set_xticks([side for side in (100, 200, 400, 800, 1600, 3200) if sides[0] / 1.1 < side < sides[-1] * 1.1])
+    memory.xaxis.set_minor_formatter("")
     memory.set_title("how large may a tile be?  lines: counted, dots: measured", fontsize=10)
     memory.legend(fontsize=8, loc="lower right")
-    speed.set(xlabel="memory (GB)", ylabel="useful output Mpixel a second", xscale="log", xlim=(least / 1.5, top * 1.3))
-    speed.set_title("what is it worth?  dots: measured, lines: at the rate of the largest measured", fontsize=10)
+    if speed.lines:
+        speed.set(xlabel="memory (GB)", ylabel="useful output Mpixel a second")
+        speed.set(xscale="log", xlim=(least / 1.5, top * 1.3), ylim=(0, None))
+        said = "what is it worth?  dots: measured; lines: counted bytes, at the rate of the largest measured"
+        speed.set_title(said, fontsize=10, pad=16)
+    else:
+        speed.set_axis_off()
+        speed.annotate("nothing was measured", (0.5, 0.5), xycoords="axes fraction", ha="center")
     for axis in (memory, speed):
         axis.grid(alpha=0.25)
-    for axis in (memory.yaxis, speed.xaxis):
+    for axis in (memory.xaxis, memory.yaxis, speed.xaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
-    if not speed.lines:
-        speed.annotate("nothing was measured", (0.5, 0.5), xycoords="axes fraction", ha="center")
     _save(figure, path)
 
 

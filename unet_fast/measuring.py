@@ -2,19 +2,22 @@
 
 A GPU's bytes are what torch's allocator reserves, and CONTEXT_BYTES for what CUDA holds beside it. A CPU's are the
 process's anonymous memory (what it allocates; not files and libraries mapped into it) above what it held when the
-meter was made; Linux keeps a high-water mark that can be set back, so no short peak is missed.
+meter was made; Linux keeps a high-water mark that can be set back, so that short peaks count.
 """
 
 import ctypes
 import gc
 import math
 import multiprocessing
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -114,10 +117,21 @@ class Apart:
         if self.context is None:
             return function(*arguments)
         try:
-            with ProcessPoolExecutor(1, mp_context=self.context) as child:
+            with _nameless_main(), ProcessPoolExecutor(1, mp_context=self.context) as child:
                 return child.submit(_with_threads, torch.get_num_threads(), function, arguments).result()
         except BrokenProcessPool as error:
             raise MemoryError("the system ended a process, which it does when memory runs out") from error
+
+
+@contextmanager
+def _nameless_main() -> Iterator[None]:
+    """A new process runs the lines of a script that started it, unless it knows of none."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _with_threads(threads: int, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
@@ -129,7 +143,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator said so: Python's, torch's on a GPU, or torch's on a CPU (a plain RuntimeError)."""
     said = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in said or "allocate memory" in said)
+        isinstance(error, RuntimeError) and ("memory" in said or "bad_alloc" in said)
     )
 
 

@@ -205,10 +205,13 @@ class _Step:
         self.convolve("head")
         if sizes.value < 4:
             make("wide logits", wide, "activations")
+            drop("head")
         make("logarithms", wide, "activations")
+        # the backward of the logarithm needs its result alone
+        drop("wide logits", "head")
         make("dlogarithms", wide, "gradients")
         make("dlogits", wide, "gradients")
-        drop("dlogarithms", "logarithms", "wide logits", "head")
+        drop("dlogarithms", "logarithms")
         if sizes.value < 4:
             drop("dlogits")
             make("dlogits", sizes.map("head"), "gradients")

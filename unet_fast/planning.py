@@ -19,7 +19,7 @@ from .layers import Layers
 from .measuring import Measured, is_out_of_memory
 from .memory import estimate
 from .model import FastUNet
-from .units import gigabytes
+from .units import readable
 
 __all__ = ["PRECISIONS", "RECOMPUTE", "Choice", "Setting", "Trial", "choose", "counted_bytes"]
 
@@ -37,6 +37,8 @@ _SLACK = 1.03
 _MARGIN = 0.95
 # a larger tile is tried if it has this many times the useful pixels of the largest that fits
 _GAIN = 1.1
+# a smaller tile that may be faster is looked for at this share of the side
+_DESCENT = 0.65
 # after a tile for which there was no memory at all, one of at most this share of its bytes
 _RETREAT = 0.85
 # bytes per byte counted where none can be measured
@@ -85,16 +87,16 @@ class Choice:
 
     def table(self) -> str:
         """For people: what was chosen and why, and a line for each step that was tried."""
-        lines = [f"inside {gigabytes(self.budget_bytes)}: {self.setting}; {self.why}"]
+        lines = [f"inside {readable(self.budget_bytes)}: {self.setting}; {self.why}"]
         lines += ["   tile  precision  recompute   counted   measured   seconds  useful Mpixel/s"]
         for trial in self.trials:
             setting = trial.setting
             ran = trial.seconds is not None
-            took = gigabytes(trial.measured_bytes) if trial.measured_bytes is not None else "unknown" if ran else "-"
+            took = readable(trial.measured_bytes) if trial.measured_bytes is not None else "unknown" if ran else "-"
             numbers = f"{trial.seconds:8.3g}  {trial.mpixel_per_s:.3g}" if ran else "       no memory for it"
             lines.append(
                 f"{'->' if trial is self.chosen else '  '} {setting.tile_in:4d}  {setting.precision:9s}  "
-                f"{setting.recompute:9s}  {gigabytes(trial.counted_bytes):>8s}  {took:>9s}  {numbers}"
+                f"{setting.recompute:9s}  {readable(trial.counted_bytes):>8s}  {took:>9s}  {numbers}"
                 f"{'' if trial.fits or not ran else '  over'}"
             )
         return "\n".join(lines)
@@ -132,19 +134,23 @@ def choose(
     for precision in precisions:
         # nothing is tried that is counted not to fit
         fitting = [way for way in ways if way.precision == precision and way.largest(tiles[:1])]
-        if fitting:
-            planner.attempt(fitting[0], tiles[0])
+        for way in fitting:
+            if planner.attempt(way, tiles[0]).seconds is not None:
+                break
     while True:
-        way = max((way for way in ways if not way.climbed), key=lambda way: way.expected(tiles), default=None)
-        if way is None or way.expected(tiles) <= planner.fastest():
+        best = max((way for way in ways if not way.climbed), key=lambda way: way.expected(tiles), default=None)
+        if best is None or best.expected(tiles) <= planner.fastest():
             break
-        way.climb(tiles)
+        best.climb(tiles)
+    planner.descend(ways, tiles)
     trials = tuple(planner.trials.values())
     fits = [trial for trial in trials if trial.fits]
+    if trials and all(trial.seconds is None for trial in trials):
+        raise MemoryError(f"there is no memory for {trials[-1].setting}, though {readable(budget_bytes)} are allowed")
     if not fits:
         way = min(ways, key=lambda way: way.forecast(tiles[0]))
-        needed = gigabytes(way.forecast(tiles[0]) / _MARGIN / headroom)
-        raise BadInput(f"memory must be at least {needed} for {way.setting(tiles[0])}, got {gigabytes(budget_bytes)}")
+        needed = readable(way.forecast(tiles[0]) / _MARGIN / headroom, up=True)
+        raise BadInput(f"memory must be at least {needed} for {way.setting(tiles[0])}, got {readable(budget_bytes)}")
     good = [trial for trial in fits if (trial.mpixel_per_s or 0.0) >= _NOISE * planner.fastest()]
     chosen = max(good, key=lambda trial: trial.setting.tile_in)
     return Choice(chosen, trials, budget_bytes, _why(chosen, fits, tiles))
@@ -152,7 +158,7 @@ def choose(
 
 def _why(chosen: Trial, fits: Sequence[Trial], tiles: Sequence[int]) -> str:
     if len(tiles) == 1:
-        return "the tile was given"
+        return "no other tile is allowed"
     if chosen.setting.tile_in == tiles[-1]:
         return "the tile covers the largest image"
     if chosen.setting.tile_in < max(trial.setting.tile_in for trial in fits):
@@ -182,8 +188,8 @@ class _Planner:
         self.trials: dict[Setting, Trial] = {}
         # FLOP a second, by precision, of the last tile tried
         self.rates: dict[str, float] = {}
-        # bytes that the smallest tile took beside those counted
-        self.beside = 0
+        # (bytes counted, bytes taken) of the first step that ran, by precision
+        self.first: dict[str, tuple[int, int]] = {}
 
     def useful(self, tile: int) -> float:
         """Mpixel that a step answers for."""
@@ -195,6 +201,19 @@ class _Planner:
 
     def fastest(self) -> float:
         return max((trial.mpixel_per_s or 0.0 for trial in self.trials.values() if trial.fits), default=0.0)
+
+    def descend(self, ways: Sequence["_Way"], tiles: Sequence[int]) -> None:
+        """Try smaller tiles than the fastest, as long as they are faster: maps that fit a cache may make them so."""
+        while True:
+            fits = [trial for trial in self.trials.values() if trial.fits]
+            best = max(fits, key=lambda trial: trial.mpixel_per_s or 0.0, default=None)
+            if best is None:
+                return
+            way = next(each for each in ways if each.setting(best.setting.tile_in) == best.setting)
+            smaller = [tile for tile in tiles if tile <= _DESCENT * best.setting.tile_in]
+            if not smaller or way.setting(smaller[-1]) in self.trials:
+                return
+            self.attempt(way, smaller[-1])
 
     def attempt(self, way: "_Way", tile: int) -> Trial:
         setting = way.setting(tile)
@@ -208,8 +227,7 @@ class _Planner:
             trial = Trial(setting, counted, None, None, None, fits=False)
         else:
             took = round(counted * _UNMEASURED) if found.bytes is None else found.bytes
-            if not self.trials:
-                self.beside = max(0, took - counted)
+            self.first.setdefault(way.precision, (counted, took))
             way.points.append((counted, took))
             self.rates[way.precision] = self.work(setting) / found.seconds
             speed = self.useful(tile) / found.seconds
@@ -235,7 +253,10 @@ class _Way:
         counted = counted_bytes(self.planner.net, self.setting(tile), self.planner.batch)
         points = sorted(self.points)
         if not points:
-            return counted + self.planner.beside
+            # another way's smallest tile says what there is beside the maps
+            known = self.planner.first
+            first, took = known.get(self.precision) or next(iter(known.values()), (counted, counted))
+            return took + (_CAUTION if counted > first else _LEAST) * (counted - first)
         below = [point for point in points if point[0] <= counted]
         above = [point for point in points if point[0] > counted]
         if below and above:

@@ -7,7 +7,7 @@ takes real steps, the small tiles first, as long as `seconds` last.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .memory import Estimate, estimate, largest_tile
 from .model import FastUNet
 from .planning import PRECISIONS, RECOMPUTE
 from .storage import load, pick_device
-from .units import bytes_of, gigabytes
+from .units import bytes_of, readable
 
 __all__ = ["LayerRow", "Profile", "Row", "Way", "count", "profile", "report"]
 
@@ -71,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """Where bytes and time of one tile go: bytes of the map made, GFLOP and ms forward, ms backward."""
+    """Where bytes and time of one tile go: bytes of the map, GFLOP and ms forward, ms backward; nothing recomputed."""
 
     name: str
     channels: int
@@ -112,17 +112,17 @@ class Profile:
             lines += ["", str(way), _HEADER]
             lines += [_line(row, self.budget_bytes) for row in self.rows if row.way == way]
         if self.budget_bytes is not None:
-            lines += ["", f"largest tile inside {gigabytes(self.budget_bytes)}, as counted"]
+            lines += ["", f"largest tile inside {readable(self.budget_bytes)}, as counted"]
             lines += [f"  {name:30s} {'none fits' if tile is None else tile}" for name, tile in self.largest.items()]
         if self.layers:
             lines += ["", *self._layers()]
         return "\n".join(lines)
 
     def _layers(self) -> list[str]:
-        said = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in self.phases.items() if isinstance(size, int))
+        said = ", ".join(f"{name} {self.phases[name] / 1e6:.1f}" for name in _PHASES if name in self.phases)
         lines = [f"tile {self.phases['tile_in']}, {self.phases['way']}: MB at the peak (while making "]
         lines[-1] += f"{self.phases['peak_at']}): {said}"
-        lines += ["layer              map                    MB    GFLOP  forward ms  TFLOP/s  backward ms"]
+        lines += ["layer              map                       MB    GFLOP  forward ms  TFLOP/s  backward ms"]
         for each in self.layers:
             shape = f"{each.channels} x {each.rows} x {each.columns}"
             rate = each.gflop / each.forward_ms if each.forward_ms else None
@@ -133,6 +133,9 @@ class Profile:
         return lines
 
 
+# the parts of an estimate
+_PHASES = ("weights", "optimizer", "input", "activations", "gradients", "workspace", "context")
+
 _HEADER = "  tile    out  useful Mpixel  GB predicted  GB measured        ms  useful Mpixel/s    GFLOP  of the roof"
 
 
@@ -141,18 +144,21 @@ def _line(row: Row, budget: int | None) -> str:
     share = "-" if row.roof_share is None else f"{row.roof_share:.0%}"
     over = "  over the budget" if budget is not None and row.predicted_bytes > budget else ""
     return (
-        f"{row.tile_in:6d} {row.tile_out:6d}  {row.useful_mpixel:13.3f}  {row.predicted_bytes / 1e9:12.3g}  "
+        f"{row.tile_in:6d} {row.tile_out:6d}  {_digits(row.useful_mpixel):>13s}  {row.predicted_bytes / 1e9:12.3g}  "
         f"{_or_dash(measured):>11s}  {_or_dash(row.ms):>8s}  {_or_dash(row.useful_mpixel_per_s):>15s}  "
         f"{_digits(row.gflop):>7s}  {share:>11s}{over}"
     )
 
 
 def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    """Three of them, and no power of ten."""
+    if value >= 999.5 or value <= 0:
+        return f"{value:.0f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
-def _or_dash(value: float | None, how: str = ".3g") -> str:
-    return "-" if value is None else format(value, how)
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else _digits(value)
 
 
 def profile(
@@ -183,17 +189,18 @@ def profile(
     Raises:
         ValueError: a tile that cannot be pooled; both legal neighbours are named.
     """
-    device = device or torch.device("cpu")
-    tiles = _ladder(net, ways, batch, budget_bytes, device) if tiles is None else list(tiles)
+    device, net = device or torch.device("cpu"), _sizes_of(net)
+    tiles = _ladder(net, ways, batch, budget_bytes, device) if tiles is None else sorted(set(tiles))
     counted = {way: [_count(net, way, tile, batch, device) for tile in tiles] for way in ways}
-    roof = {name: roof_tflops(device, PRECISIONS[name]) for name in dict.fromkeys(way.precision for way in ways)}
+    roof: dict[str, float] = {}
     rows: dict[Way, list[Row]] = {way: [] for way in ways}
+    limit = min(_capacity(device), math.inf if budget_bytes is None else budget_bytes)
     if seconds > 0:
         apart = Apart(device, __name__)
+        roof = {name: roof_tflops(device, PRECISIONS[name]) for name in dict.fromkeys(way.precision for way in ways)}
         # its start is not measuring
         apart(int)
         deadline = time.monotonic() + seconds
-        limit = min(_capacity(device), math.inf if budget_bytes is None else budget_bytes)
         for way, share in zip(ways, _shares(ways), strict=True):
             until = time.monotonic() + share * max(0.0, deadline - time.monotonic())
             rows[way] = list(
@@ -206,7 +213,7 @@ def profile(
         net=net.settings,
         parameters=sum(p.numel() for p in net.parameters()),
         batch=batch,
-        roof_tflops=roof if seconds > 0 else {},
+        roof_tflops=roof,
         rows=tuple(row for way in ways for row in rows[way]),
         budget_bytes=budget_bytes,
         largest={str(way): _largest(net, way, batch, budget_bytes, device) for way in ways if budget_bytes},
@@ -214,12 +221,24 @@ def profile(
     if layers_of is None:
         return found
     parts = _count(net, ways[0], layers_of, batch, device)
-    phases = {name: getattr(parts, name) for name in ("weights", "optimizer", "input", "activations", "gradients")}
-    phases |= {"workspace": parts.workspace, "context": parts.context, "peak_at": parts.peak_at}
-    phases |= {"tile_in": str(layers_of), "way": str(ways[0])}
-    times = _layer_times(net, ways[0], layers_of, batch, device) if seconds > 0 else {}
+    phases = {name: getattr(parts, name) for name in _PHASES}
+    phases |= {"peak_at": parts.peak_at, "tile_in": layers_of, "way": str(ways[0])}
+    times: dict[str, tuple[float, float | None]] = {}
+    if seconds > 0 and parts.total <= limit:
+        say(f"timing the layers of tile {layers_of}")
+        try:
+            times = Apart(device, __name__)(_layer_times, net.settings, ways[0], layers_of, batch, device)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
     layers = tuple(_layer_rows(net, parts, layers_of, batch, times))
-    return Profile(**{**_fields(found), "layers": layers, "phases": phases})
+    return replace(found, layers=layers, phases=phases)
+
+
+def _sizes_of(net: FastUNet) -> FastUNet:
+    """The same net without weights; what it was saved in says nothing about how it is trained."""
+    with torch.device("meta"):
+        return FastUNet(**net.settings).float()
 
 
 def report(
@@ -246,6 +265,7 @@ def report(
     """
     try:
         fast = load(model) if model is not None else FastUNet(**{k: v for k, v in net.items() if v is not None})
+        fast = fast if fast.padding == "same" else _sizes_of(fast)
         budget = None if memory is None else bytes_of(memory)
         for tile in tiles or ():
             geometry.check_legal(tile, fast.depth, name="tiles")
@@ -263,14 +283,17 @@ def report(
     if budget is not None and all(_largest(fast, way, batch, budget, where) is None for way in ways):
         smallest = geometry.legal_sizes(1, 10**5, fast.depth)[0]
         way = min(ways, key=lambda way: count(fast, way, smallest, batch=batch, device=where))
-        needed = gigabytes(count(fast, way, smallest, batch=batch, device=where))
+        needed = readable(count(fast, way, smallest, batch=batch, device=where), up=True)
         raise BadInput(f"memory must be at least {needed}, for tiles of {smallest} ({way}), got {memory}")
     if plot is not None:
         if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise BadInput(f"plot must be a .png, .pdf or .svg, got {plot}")
+        if plot.is_dir():
+            raise BadInput(f"plot must be a file, got the folder {plot}")
         writable_folder(plot.parent)
-    usual = geometry.legal_sizes(500, 600, fast.depth)
-    layers_of = (tiles[0] if tiles else 572 if 572 in usual else usual[0]) if layers else None
+    # the paper's tile, or the next that is legal
+    usual = geometry.legal_sizes(572, 572 + 2 * geometry.halo(fast.depth), fast.depth)[0]
+    layers_of = (tiles[0] if tiles else usual) if layers else None
     found = profile(
         fast,
         ways=ways,
@@ -310,16 +333,12 @@ def _draw(path: Path, net: FastUNet, found: Profile, device: torch.device) -> No
                 ],
             )
         )
-    draw_profile(path, curves, f"{found.parameters / 1e6:.3g} million parameters, batch {found.batch}, {found.device}")
-
-
-def _fields(found: Profile) -> dict[str, Any]:
-    return {name: getattr(found, name) for name in Profile.__dataclass_fields__}
+    draw_profile(path, curves, f"{found.parameters:,} parameters, batch {found.batch}, {found.device}")
 
 
 def count(net: FastUNet, way: Way, tile_in: int, *, batch: int = 1, device: torch.device | None = None) -> int:
     """Bytes that are predicted for a tile, on a GPU with the context."""
-    return _count(net, way, tile_in, batch, device or torch.device("cpu")).total
+    return _count(_sizes_of(net), way, tile_in, batch, device or torch.device("cpu")).total
 
 
 def _settings(way: Way, batch: int, device: torch.device) -> dict[str, Any]:
@@ -352,7 +371,9 @@ def _ladder(net: FastUNet, ways: Sequence[Way], batch: int, budget: int | None, 
     step = geometry.step_multiple(net.depth)
     # the first that keeps one step of pixels
     first = geometry.legal_sizes(2 * geometry.halo(net.depth) + step, 10**5, net.depth)[0]
-    last = max([_largest(net, way, batch, budget, device) or first for way in ways]) if budget else _LARGEST
+    last = max([_largest(net, way, batch, budget, device) or 0 for way in ways]) if budget else _LARGEST
+    # where not even that fits, the smallest there is
+    first = first if last >= first else geometry.legal_sizes(1, 10**5, net.depth)[0]
     sides = []
     side = float(first)
     while side <= min(last, _LARGEST):
@@ -410,7 +431,8 @@ def _measured(
     for each in counted:
         gflop = batch * Layers(net, *each.tile_in).flop(way.mode) / 1e9
         left = until - time.monotonic()
-        if each.total > limit or 2 * pace * gflop > left:
+        # twice: no step is the first of its process for nothing
+        if each.total > limit or 2 * max(pace, 1e-3 / max(roof, 1e-9)) * gflop > left:
             yield _row(net, way, each, batch)
             continue
         say(f"measuring {way}, tile {each.tile_in[0]}")
@@ -484,8 +506,8 @@ def _capacity(device: torch.device) -> float:
     try:
         with open("/proc/meminfo") as file:
             free = next(line for line in file if line.startswith("MemAvailable"))
-        # a CPU's step may take half as much again as is counted
-        return int(free.split()[1]) * 1024 / 2
+        # a CPU's step may take more than twice of what is counted
+        return int(free.split()[1]) * 1024 / 3
     except (OSError, StopIteration):
         return 4e9
 
@@ -493,7 +515,8 @@ def _capacity(device: torch.device) -> float:
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _layer_rows(
@@ -516,10 +539,10 @@ def _layer_rows(
 
 
 def _layer_times(
-    net: FastUNet, way: Way, tile: int, batch: int, device: torch.device
+    net: dict[str, Any], way: Way, tile: int, batch: int, device: torch.device
 ) -> dict[str, tuple[float, float | None]]:
     """ms forward and backward of each layer, of the fastest of three steps, by hooks around the modules."""
-    work = _Work(net.settings, Way(way.mode, way.precision), batch, device)
+    work = _Work(net, Way(way.mode, way.precision), batch, device)
     modules = {n: m for n, m in work.net.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)}
     first, *_ = modules
     clocks = {name: _Clock(module, device) for name, module in modules.items()}

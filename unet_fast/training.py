@@ -49,7 +49,7 @@ from .progress import Progress
 from .sampling import Sampler
 from .storage import MODEL, load, pick_device, save
 from .tiling import covering_tile, cut_tile, plan_tiles
-from .units import bytes_of, gigabytes
+from .units import bytes_of, readable
 from .validation import Validation
 
 __all__ = ["LOG_COLUMNS", "TrainResult", "read_log", "resumed_config", "train"]
@@ -227,7 +227,7 @@ def _capped(config: TrainConfig, device: torch.device) -> Iterator[None]:
     card = torch.cuda.get_device_properties(device).total_memory
     allowed = bytes_of(config.memory) - CONTEXT_BYTES
     if allowed <= 0:
-        raise BadInput(f"memory must be above {gigabytes(CONTEXT_BYTES)}, which CUDA itself takes, got {config.memory}")
+        raise BadInput(f"memory must be above {readable(CONTEXT_BYTES)}, which CUDA itself takes, got {config.memory}")
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / card), device)
     try:
         yield
@@ -264,7 +264,7 @@ def _inside_budget(config: TrainConfig, device: torch.device, say: Callable[[str
         between = apart(_measure_between_steps, config.with_(out=Path(place), **steps), device).bytes
     if between is not None and between > budget:
         what = "validation and checkpoints take that, whatever the tile"
-        raise BadInput(f"memory must be at least {gigabytes(between)}: {what}; got {config.memory}")
+        raise BadInput(f"memory must be at least {readable(between, up=True)}: {what}; got {config.memory}")
     return config, choice
 
 
@@ -497,7 +497,7 @@ class _Run:
                     self.keep_state()
                 raise
         if self.choice is not None and (peak := self.meter.peak()) is not None and progress:
-            _to_stderr(f"memory: {gigabytes(peak)} at most, of {gigabytes(self.choice.budget_bytes)}")
+            _to_stderr(f"memory: {readable(peak)} at most, of {readable(self.choice.budget_bytes)}")
 
     def _report_if_due(self) -> None:
         last = self.step == self.steps
@@ -521,7 +521,7 @@ class _Run:
         """A budget that was exceeded nevertheless is not exceeded again."""
         peak = None if self.choice is None else self.meter.peak()
         if peak is not None and self.choice is not None and peak > self.choice.budget_bytes:
-            self._come_down(f"{gigabytes(peak)} were taken of {gigabytes(self.choice.budget_bytes)}")
+            self._come_down(f"{readable(peak)} were taken of {readable(self.choice.budget_bytes)}")
 
     def _come_down(self, why: str) -> None:
         """Go on in less memory: recompute first, which changes no bit; then a smaller tile."""

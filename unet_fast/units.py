@@ -1,8 +1,9 @@
 """Bytes as people write and read them: 1 GB = 1e9 bytes, 1 GiB = 2^30."""
 
+import math
 import re
 
-__all__ = ["bytes_of", "gigabytes"]
+__all__ = ["bytes_of", "readable"]
 
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
@@ -28,9 +29,13 @@ def bytes_of(text: str | float) -> int:
     return int(number)
 
 
-def gigabytes(count: float) -> str:
+def readable(count: float, *, up: bool = False) -> str:
+    """Bytes for people, in a form that `bytes_of` takes; `up`: never less than they are.
+
+    >>> readable(6e9), readable(350e6), readable(2.51e6), readable(71_605_028, up=True)
+    ('6.00 GB', '350 MB', '2.5 MB', '72 MB')
     """
-    >>> gigabytes(6e9)
-    '6.00 GB'
-    """
-    return f"{count / 1e9:.2f} GB"
+    unit, name, digits = (1e9, "GB", 2) if count >= 0.9995e9 else (1e6, "MB", 0 if count >= 9.95e6 else 1)
+    step = 10.0**-digits
+    number = math.ceil(count / unit / step - 1e-9) * step if up else count / unit
+    return f"{number:.{digits}f} {name}"

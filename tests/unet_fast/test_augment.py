@@ -253,3 +253,90 @@ def test_noise_has_at_most_its_sd_and_leaves_labels_alone() -> None:
 def test_settings_out_of_range_are_refused(settings_: dict[str, float], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         ElasticWarp(**settings_)  # type: ignore[arg-type]
+
+
+# ---- tiles that are no squares
+
+
+@given(
+    seed=seeds,
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    side=st.integers(3, 50),
+    margin=st.integers(0, 2),
+    noise=st.sampled_from([0.0, 0.1]),
+    grid_tile=st.sampled_from([None, 20, (20, 20)]),
+)
+@ordinary
+def test_a_square_tile_may_be_given_by_its_rows_and_columns(
+    seed: int, size: tuple[int, int], side: int, margin: int, noise: float, grid_tile: int | tuple[int, int] | None
+) -> None:
+    image, labels = coordinates(*size)
+    warp, out = ElasticWarp(noise=noise), side - margin
+    want = warp.draw_tile(image / 50, labels, side, out, ElasticWarp.generator(seed, 0, 0), grid_tile=grid_tile)
+    found = warp.draw_tile(
+        image / 50, labels, (side, side), (out, out), ElasticWarp.generator(seed, 0, 0), grid_tile=grid_tile
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@given(
+    seed=seeds,
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    sides=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+)
+@ordinary
+def test_a_tile_has_the_rows_and_columns_that_were_asked_for(
+    seed: int, size: tuple[int, int], sides: tuple[int, int]
+) -> None:
+    image, labels = coordinates(*size)
+    found, ids = ElasticWarp(noise=0.1).draw_tile(image / 50, labels, sides, sides, ElasticWarp.generator(seed, 0, 0))
+    assert found.shape == (2, *sides)
+    assert ids.shape == sides
+    assert ids.dtype == labels.dtype
+    assert found.isfinite().all()
+    assert 0 <= int(ids.min()) <= int(ids.max()) < labels.numel()
+
+
+def test_the_centre_of_an_oblong_tile_keeps_its_outputs_inside() -> None:
+    image, labels = coordinates(60, 40)
+    plain = ElasticWarp(sigma_px=0, rotate=False, mirror=False, grey=0)
+    rows, columns = [], []
+    for index in range(300):
+        generator = ElasticWarp.generator(0, 0, index)
+        (row, column), _ = plain.draw_tile(image, labels, (21, 31), (11, 31), generator)
+        rows.append(float(row[10, 15]))
+        columns.append(float(column[10, 15]))
+    # half of 11 - 1 from either end of 60 rows, half of 31 - 1 from either end of 40 columns
+    # and half a pixel: an odd tile has no middle in an even image
+    assert 4.25 < min(rows) < 6
+    assert 52 < max(rows) < 54.75
+    assert 14.25 < min(columns) < 15.5
+    assert 22.5 < max(columns) < 24.75
+    assert np.std(rows) == pytest.approx(49 / 12**0.5, rel=0.1)
+
+
+def test_a_tile_that_answers_for_all_of_an_image_lies_in_its_middle() -> None:
+    image, labels = coordinates(21, 33)
+    plain = ElasticWarp(sigma_px=0, rotate=False, mirror=False, grey=0)
+    for index in range(5):
+        found, ids = plain.draw_tile(image, labels, (31, 41), (25, 35), ElasticWarp.generator(0, 0, index))
+        assert torch.equal(ids[5:26, 4:37], labels)
+        torch.testing.assert_close(found[:, 5:26, 4:37], image, atol=1e-3, rtol=0)
+
+
+def test_the_elastic_grid_lies_as_over_the_tile_or_as_over_the_one_that_is_named() -> None:
+    image, labels = coordinates(60, 40)
+    warp = ElasticWarp()
+
+    def tile(**more: int | tuple[int, int] | None) -> Tensor:
+        return warp.draw_tile(image, labels, (20, 30), (12, 22), ElasticWarp.generator(0, 0, 0), **more)[0]
+
+    assert torch.equal(tile(), tile(grid_tile=None))
+    assert torch.equal(tile(), tile(grid_tile=(20, 30)))
+    assert not torch.equal(tile(), tile(grid_tile=(60, 40)))
+    # which has the points of a tile as large as the image
+    points = warp.draw(1, (60, 40), ElasticWarp.generator(0, 0, 0), tile=(60, 40))
+    assert points.shape == (1, 2, 3, 3)
+    whole = warp.apply(image[None], points)
+    assert isinstance(whole, Tensor)
+    assert not torch.equal(whole[0], image)

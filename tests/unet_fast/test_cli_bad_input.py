@@ -65,6 +65,8 @@ VERBS = {
     "predict": "predict -m model.safetensors -i images --out found --quiet",
     "evaluate": "evaluate -p results --truth labels",
     "check-data": "check-data -i images --labels labels",
+    "profile": "profile -m model.safetensors --tiles 36 --seconds 0 --quiet",
+    "profile without a model": "profile --features 2,4 --tiles 36 --seconds 0 --quiet",
 }
 
 
@@ -103,7 +105,7 @@ SPOILT: dict[str, tuple[Spoil, str, str]] = {
     "no images": (lambda p: (p / "images").rename(p / "moved"), "train predict check-data", "images does not exist"),
     "no labels": (lambda p: (p / "labels").rename(p / "moved"), "train evaluate check-data", "labels does not exist"),
     "no results": (lambda p: (p / "results").rename(p / "moved"), "evaluate", "results does not exist"),
-    "no model": (lambda p: (p / "model.safetensors").unlink(), "predict", "model.safetensors does not exist"),
+    "no model": (lambda p: (p / "model.safetensors").unlink(), "predict profile", "model.safetensors does not exist"),
     "images empty": (lambda p: _empty(p / "images"), "train predict check-data", "images has no image in it"),
     "labels empty": (lambda p: _empty(p / "labels"), "train evaluate check-data", "labels has no image in it"),
     "results empty": (lambda p: _empty(p / "results"), "evaluate", "results has no image in it"),
@@ -168,7 +170,7 @@ SPOILT: dict[str, tuple[Spoil, str, str]] = {
     ),
     "a damaged model": (
         lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-9]),
-        "predict",
+        "predict profile",
         "model.safetensors is damaged",
     ),
     "no probabilities": (
@@ -225,10 +227,43 @@ def test_data_that_cannot_be_used_are_refused(name: str, verb: str, place: Path)
         ("evaluate", "--metrics iou,accuracy", "adapted_rand_error, cells, or all, got 'accuracy'"),
         ("evaluate", "-p results/a.tif", "must be two files or two folders"),
         ("check-data", "-i images/a.tif", "must be two files or two folders"),
+        ("profile", "--tiles 37", "tiles 37 cannot be pooled 1 times; nearest are 36 and 38"),
+        ("profile", "--tiles 36,4", "tiles 4 is too small to be pooled 1 times; the smallest is 18"),
+        ("profile", "--memory 6XB", "memory must be a size such as 6GB, 500MB or 4GiB, got 6XB"),
+        ("profile", "--memory 0", "memory must be a size such as 6GB, 500MB or 4GiB, got 0"),
+        ("profile", "--memory -6GB", "memory must be a size such as 6GB, 500MB or 4GiB, got -6GB"),
+        ("profile", "--memory 1kB", "for tiles of 18 (predict bfloat16), got 1kB"),
+        ("profile", "--device cuda:99", "device cuda:99 cannot be used here"),
+        ("profile", "-m missing.safetensors", "missing.safetensors does not exist; expected a model"),
+        ("profile", "-m images", "images/model.safetensors does not exist"),
+        ("profile", "-m images/a.tif", "a.tif is damaged or no safetensors file"),
+        ("profile", "--plot found.jpg", "plot must be a .png, .pdf or .svg, got found.jpg"),
+        ("profile", "--plot found", "plot must be a .png, .pdf or .svg, got found"),
+        ("profile", "--plot file/found.png", "file must be a folder, a file is in its place"),
+        ("profile", "--plot /proc/found.png", "cannot be written"),
+        ("profile without a model", "--features 2,0", "features[1] must be at least 1, got 0"),
+        ("profile without a model", "--features -2,4", "features[0] must be at least 1, got -2"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(verb: str, more: str, said: str, place: Path) -> None:
+def test_settings_that_cannot_be_used_are_refused(
+    verb: str, more: str, said: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the minutes that measuring takes come after every refusal
+    monkeypatch.setattr("unet_fast.profiling.profile", None)
     _is_refused(verb, more, said, place)
+
+
+def test_a_folder_where_a_plot_belongs_is_seen_before_anything_is_measured(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "found.png").mkdir()
+    monkeypatch.setattr("unet_fast.profiling.profile", None)
+    _is_refused("profile", "--plot found.png", "found.png", place)
+
+
+def test_a_net_with_padding_has_no_known_bytes(place: Path) -> None:
+    unet_fast.save(unet_fast.FastUNet(1, 2, (2, 4), padding="same"), place / "model.safetensors")
+    _is_refused("profile", "", "model.safetensors has padding 'same'; only the bytes of 'valid' nets are known", place)
 
 
 def test_a_stack_does_not_fit_a_picture(place: Path) -> None:
@@ -311,6 +346,15 @@ def test_json_is_all_there_is_on_stdout(verb: str, place: Path) -> None:
         ("evaluate", "--label-kind semantic"),
         ("check-data", "--ignore none"),
         ("check-data", "surplus"),
+        ("profile", "--features 2,4"),
+        ("profile", "--tiles 36,x"),
+        ("profile", "--tiles 36;38"),
+        ("profile", "--batch 0"),
+        ("profile", "--seconds -1"),
+        ("profile", "--mode test"),
+        ("profile", "--precision float16"),
+        ("profile without a model", "--features 2,x"),
+        ("profile without a model", "--features ,"),
     ],
 )
 def test_a_wrong_option_is_a_usage_error(verb: str, more: str, place: Path) -> None:

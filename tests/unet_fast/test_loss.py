@@ -227,3 +227,76 @@ def test_it_is_a_module_without_state_that_says_its_settings() -> None:
     assert not loss.state_dict()
     assert not list(loss.parameters())
     assert repr(loss) == ("BorderWeightedCrossEntropy(w0=3, sigma_px=5.0, class_weight=(1.0, 2.0), reduction='mean')")
+
+
+# ---- what the loss is made of, before there are logits
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    size=st.tuples(st.integers(1, 2), st.integers(1, 24), st.integers(1, 24)),
+    margins=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    w0=st.sampled_from([0.0, 10.0]),
+    class_weight=st.sampled_from([None, (0.4, 2.5)]),
+    region=st.sampled_from(["background", "all"]),
+    own=st.sampled_from(["none", "all of it", "the middle"]),
+)
+def test_pixels_are_what_the_loss_weighs(
+    seed: int, size: tuple[int, int, int], margins: tuple[int, int], own: str, **settings: Any
+) -> None:
+    n, h, w = size
+    instances = cells(seed, (n, h + margins[0], w + margins[1]))
+    before = instances.clone()
+    top, left = margins[0] // 2, margins[1] // 2
+    middle = (..., slice(top, top + h), slice(left, left + w))
+    target = None if own == "none" else (instances > 2).long().masked_fill_(instances == 5, -1)
+    if own == "the middle" and target is not None:
+        target = target[middle]
+    loss = BorderWeightedCrossEntropy(**settings)
+    classes, weight = loss.pixels(instances, target, (h, w), 2)
+    assert classes.shape == weight.shape == size
+    assert classes.dtype == torch.int64
+    assert torch.equal(instances, before)
+    ignored = instances[middle] < 0
+    if target is not None:
+        ignored = ignored | (target if own == "the middle" else target[middle]).lt(0)
+    assert torch.equal(classes == -100, ignored)
+    assert bool(((classes == -100) | (classes == 0) | (classes == 1)).all())
+    logits = torch.randn(n, 2, h, w)
+    found = uk.weighted_cross_entropy(logits, classes, weight)
+    assert torch.equal(found, loss(logits, instances, target))
+    # pieces of them belong to pieces of the logits
+    cut = h // 2
+    parts = [
+        uk.weighted_cross_entropy(logits[:, :, rows], classes[:, rows], weight[:, rows], reduction="sum")
+        for rows in (slice(0, cut), slice(cut, h))
+        if rows.stop > rows.start
+    ]
+    total = uk.weighted_cross_entropy(logits, classes, weight, reduction="sum")
+    torch.testing.assert_close(torch.stack(parts).sum(), total, rtol=1e-5, atol=1e-5)
+
+
+def test_pixels_without_their_neighbourhood_weigh_less() -> None:
+    # a cell outside the piece casts its weight into it: weights of a piece are cut from those of the image
+    instances = torch.zeros(1, 9, 16, dtype=torch.int32)
+    instances[:, :, :4], instances[:, :, 9:] = 1, 2
+    loss = BorderWeightedCrossEntropy()
+    _, whole = loss.pixels(instances, None, (9, 16), 2)
+    _, alone = loss.pixels(instances[:, :, :8].contiguous(), None, (9, 8), 2)
+    assert (whole[:, :, 5:8] > 1.1 * alone[:, :, 5:8]).all()
+
+
+@pytest.mark.parametrize(
+    ("instances", "size", "classes", "sentence"),
+    [
+        (torch.zeros(1, 8, 9), (9, 9), 2, r"instances must be \[N, H, W\] with at least 9x9, got \[1, 8, 9\]"),
+        (torch.zeros(8, 9), (8, 8), 2, r"instances must be \[N, H, W\] with at least 8x8, got \[8, 9\]"),
+        (torch.zeros(1, 8, 9), (8, 9), 3, "class_weight must have 3 numbers, one per class, got 2"),
+    ],
+    ids=["too small", "too flat", "too few weights"],
+)
+def test_pixels_that_do_not_fit_are_refused(
+    instances: Tensor, size: tuple[int, int], classes: int, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        BorderWeightedCrossEntropy(class_weight=(1.0, 2.0)).pixels(instances.int(), None, size, classes)

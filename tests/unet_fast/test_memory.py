@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unet_fast.fake_steps import dynamic_peak
+from benchmarks.counted import dynamic_peak
 from unet_fast import FastUNet, memory
 from unet_fast.memory import estimate, largest_tile
 
@@ -58,6 +58,47 @@ def test_a_prediction_takes_what_was_predicted(tile_in: int, width: str, dtype: 
 def test_other_nets_take_what_was_predicted(tile_in: int, settings: dict[str, Any]) -> None:
     real = dynamic_peak(lambda: FastUNet(**settings), tile_in, torch.float32)
     assert estimate(meta(**settings), tile_in).dynamic == pytest.approx(real, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("tile_in", "batch", "settings"),
+    [
+        (188, 1, {}),
+        (572, 1, {"recompute": "level"}),
+        ((204, 572), 2, {"features": WIDTHS["half"], "dropout": 0.5}),
+        (188, 1, {"features": WIDTHS["half"], "up_mode": "resize", "up_activation": True, "last_up_channels": 128}),
+        (92, 1, {"features": (16, 32, 64, 128)}),
+    ],
+    ids=str,
+)
+def test_a_training_step_under_autocast_takes_what_was_predicted(
+    tile_in: int | tuple[int, int], batch: int, settings: dict[str, Any]
+) -> None:
+    real = dynamic_peak(lambda: FastUNet(**settings), tile_in, torch.bfloat16, batch=batch, autocast=True)
+    predicted = estimate(meta(**settings), tile_in, dtype=torch.bfloat16, autocast=True, batch=batch)
+    assert predicted.dynamic == pytest.approx(real, rel=0.005)
+
+
+def test_a_prediction_under_autocast_takes_what_was_predicted() -> None:
+    real = dynamic_peak(FastUNet, 572, torch.bfloat16, training=False, autocast=True)
+    predicted = estimate(meta(), 572, dtype=torch.bfloat16, autocast=True, mode="predict")
+    assert predicted.dynamic - predicted.workspace <= real * 1.005
+    assert predicted.dynamic >= real * 0.995
+
+
+def test_the_loss_of_many_classes_in_half_precision_takes_what_was_predicted() -> None:
+    # log_softmax keeps its result alone: neither the logits nor their float32 copy are there in its backward
+    settings: dict[str, Any] = {"features": WIDTHS["half"], "out_channels": 12}
+    real = dynamic_peak(lambda: FastUNet(**settings), 572, torch.bfloat16, autocast=True)
+    predicted = estimate(meta(**settings), 572, dtype=torch.bfloat16, autocast=True)
+    assert predicted.dynamic == pytest.approx(real, rel=0.01)
+
+
+def test_under_autocast_weights_and_what_the_optimizer_keeps_stay_in_the_parameters_dtype() -> None:
+    mixed = estimate(meta(), 572, dtype=torch.bfloat16, autocast=True)
+    single, half = (estimate(meta(), 572, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert (mixed.weights, mixed.optimizer) == (single.weights, single.optimizer)
+    assert half.dynamic < mixed.dynamic < single.dynamic
 
 
 def test_batches_and_oblong_tiles() -> None:

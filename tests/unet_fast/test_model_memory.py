@@ -7,7 +7,7 @@ take the registered path of every op, which is CUDA's.
 import pytest
 import torch
 
-from tests.unet_fast.fake_steps import dynamic_peak
+from benchmarks.counted import dynamic_peak
 from tests.unet_fast.plain_unet import PlainUNet
 from unet_fast import FastUNet
 

@@ -623,3 +623,95 @@ def test_a_diverged_net_looks_diverged() -> None:
     with torch.no_grad():
         model.down[0].conv1.weight[0] = torch.nan
     assert np.isnan(predict(model, picture(9, 9), output="probabilities")).all()
+
+
+# ---- one large tile, and what it is cut into
+
+
+@given(
+    depth=st.integers(1, 4),
+    up_mode=st.sampled_from(["deconv", "resize"]),
+    shape=st.lists(st.integers(1, 900), min_size=2, max_size=4),
+)
+@many
+def test_a_covering_tile_is_the_smallest_that_answers_for_all(depth: int, up_mode: str, shape: list[int]) -> None:
+    spoiled = 2**depth - 1 if up_mode == "resize" else 0
+    sides = tiling.covering_tile(shape, depth=depth, up_mode=up_mode)
+    assert len(sides) == 2
+    for n, side in zip(shape[-2:], sides, strict=True):
+        assert geometry.output_size(side, depth) - spoiled >= n
+        below = side - 2**depth
+        assert not _legal(below, depth) or geometry.output_size(below, depth) - spoiled < n
+    assert len(plan_tiles(shape, tile_in=sides, depth=depth, up_mode=up_mode)) == 1
+
+
+@given(
+    depth=st.integers(1, 4),
+    up_mode=st.sampled_from(["deconv", "resize"]),
+    n=st.integers(1, 900),
+    more=st.integers(0, 60),
+)
+@many
+def test_the_pieces_of_a_large_tile_answer_for_each_of_its_outputs_once(
+    depth: int, up_mode: str, n: int, more: int
+) -> None:
+    step, spoiled = 2**depth, 2**depth - 1 if up_mode == "resize" else 0
+    whole, _ = tiling.covering_tile((n, n), depth=depth, up_mode=up_mode)
+    smallest, _ = tiling.covering_tile((step, step), depth=depth, up_mode=up_mode)
+    tile_in = smallest + step * more
+    answered = 0
+    for start, side, count in tiling.cut_tile(whole, tile_in, depth=depth, up_mode=up_mode):
+        # its outputs begin where those of the piece before end
+        assert start == answered
+        assert start % step == 0
+        assert side <= tile_in
+        assert start + side <= whole
+        assert 1 <= count <= geometry.output_size(side, depth) - spoiled
+        answered += count
+    assert answered == geometry.output_size(whole, depth) - spoiled
+
+
+@given(depth=st.integers(1, 3), up_mode=st.sampled_from(["deconv", "resize"]), n=st.integers(1, 40))
+@some
+def test_the_pieces_say_what_the_large_tile_says(depth: int, up_mode: str, n: int) -> None:
+    model = net(depth, up_mode=up_mode)
+    whole, rows = tiling.covering_tile((n, 1), depth=depth, up_mode=up_mode)
+    step = 2**depth
+    tile_in = tiling.covering_tile((step, step), depth=depth, up_mode=up_mode)[0]
+    image = torch.from_numpy(picture(1, 1, rows, whole))
+    large = model(image)
+    for start, side, count in tiling.cut_tile(whole, tile_in, depth=depth, up_mode=up_mode):
+        piece = model(image[..., start : start + side])[..., :count]
+        torch.testing.assert_close(piece, large[..., start : start + count], rtol=1e-10, atol=1e-12)
+
+
+def test_large_tiles_at_the_papers_depth_are_cut_as_found_by_hand() -> None:
+    assert tiling.cut_tile(572, 572) == [(0, 572, 388)]
+    # no larger than need be
+    assert tiling.cut_tile(572, 700) == [(0, 572, 388)]
+    assert tiling.cut_tile(1000, 572) == [(0, 572, 384), (384, 572, 384), (768, 232, 48)]
+    # "resize" spoils the last 15
+    assert tiling.cut_tile(700, 572, up_mode="resize") == [(0, 572, 368), (368, 332, 133)]
+    assert tiling.covering_tile((1, 388, 389)) == (572, 588)
+    assert tiling.covering_tile((388, 373), up_mode="resize") == (588, 572)
+
+
+CANNOT_BE_CUT: dict[str, tuple[tuple[int, int], dict[str, Any], str]] = {
+    "a tile that cannot be pooled": ((700, 571), {}, "tile_in 571 cannot be pooled 4 times; nearest are 556 and 572"),
+    "a tile that keeps too little": (
+        (700, 188), {}, "tile_in 188 keeps 4 right pixels of each tile, fewer than the 16 that one step needs",
+    ),
+    "a tile that resize spoils": (
+        (700, 204), {"up_mode": "resize"}, "tile_in 204 keeps 5 right pixels of each tile, fewer than the 16",
+    ),
+    "a whole that cannot be pooled": ((701, 572), {}, "701 cannot be pooled 4 times; nearest are 700 and 716"),
+    "a whole of which nothing is right": ((188, 572), {"up_mode": "resize"}, "188"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CANNOT_BE_CUT)
+def test_a_tile_that_cannot_be_cut_is_refused_in_a_sentence(case: str) -> None:
+    sides, more, sentence = CANNOT_BE_CUT[case]
+    with pytest.raises(ValueError, match=sentence) as refused:
+        tiling.cut_tile(*sides, **more)
+    assert "\n" not in str(refused.value)
