@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["CONTEXT_BYTES", "Apart", "Measured", "Meter", "is_out_of_memory", "roof_tflops"]
+__all__ = ["CONTEXT_BYTES", "Apart", "Measured", "Meter", "give_back", "is_out_of_memory", "roof_tflops"]
 
 T = TypeVar("T")
 
@@ -47,13 +47,13 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        _give_back()
+        give_back()
         self._before = _anonymous()
         self._mapped = 0
 
     def restart(self) -> None:
         """Forget the peak so far, and give back what nobody needs."""
-        _give_back()
+        give_back()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
@@ -162,7 +162,7 @@ def _anonymous() -> int | None:
         return None
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Hand free memory back to the system: glibc keeps it otherwise."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -9,7 +9,7 @@ from . import geometry
 from .augment import ElasticWarp
 from .config import TrainConfig
 from .data import Example, target_of
-from .tiling import covering_tile
+from .tiling import covering_tile, cut_tile
 
 __all__ = ["Sampler"]
 
@@ -39,6 +39,9 @@ class Sampler:
             noise=config.noise,
         )
         self.whole = config.accumulate == "image"
+        for side in {n for e in examples for n in self._covering(e)} if self.whole else ():
+            # refused here, before anything is written
+            cut_tile(side, tile, depth=config.depth, up_mode=config.up_mode)
         tiles = [e.instances.numel() / self.tile_out**2 for e in examples]
         # a large image comes as often as it has tiles
         self.order = [i for i, n in enumerate(tiles) for _ in range(1 if self.whole else max(1, round(n)))]
@@ -53,6 +56,9 @@ class Sampler:
         """(image [C, H, W], instances [H, W], target [H, W]) of each tile of a step, or of each whole image."""
         return [self._draw(step * self.config.batch + i) for i in range(self.config.batch)]
 
+    def _covering(self, example: Example) -> tuple[int, int]:
+        return covering_tile(example.instances.shape, depth=self.config.depth, up_mode=self.config.up_mode)
+
     def _draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, index = divmod(count, len(self.order))
         shuffled = torch.randperm(len(self.order), generator=ElasticWarp.generator(self.config.seed, epoch, -1))
@@ -60,7 +66,7 @@ class Sampler:
         generator = ElasticWarp.generator(self.config.seed, epoch, index)
         sides, grid_tile = (self.tile, self.tile), self.tile
         if self.whole:
-            sides = covering_tile(example.instances.shape, depth=self.config.depth, up_mode=self.config.up_mode)
+            sides = self._covering(example)
             grid_tile = _GRID_TILE
         answered = tuple(geometry.output_size(n, self.config.depth) for n in sides)
         image, instances = self.warp.draw_tile(

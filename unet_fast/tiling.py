@@ -151,12 +151,15 @@ def cut_tile(whole: int, tile_in: int, *, depth: int = 4, up_mode: str = "deconv
     [(0, 572, 384), (384, 316, 132)]
     """
     cutter = _Cutter(depth, up_mode, "valid")
+    geometry.check_legal(whole, depth, name="whole")
+    if cutter.right(whole) < 1:
+        raise BadInput(f"whole {whole} has no output that counts; the smallest with one is {cutter.smallest(1)}")
     cut = cutter.cut(cutter.right(whole), min(tile_in, whole))
-    tiles = []
-    for start in range(0, cutter.right(whole), cut.keep):
-        side = min(cut.tile, whole - start)
-        tiles.append((start, side, min(cut.keep, cutter.right(side))))
-    return tiles
+    tiles, start = [], 0
+    while start + cut.tile < whole:
+        tiles.append((start, cut.tile, cut.keep))
+        start += cut.keep
+    return [*tiles, (start, whole - start, cutter.right(whole - start))]
 
 
 def _fitting(memory: str | float, model: FastUNet, batch: int, dtype: torch.dtype | None, cutter: "_Cutter") -> int:

@@ -41,7 +41,8 @@ from .errors import BadInput
 from .figures import draw_curves
 from .files import replacing, writable_folder
 from .loss import BorderWeightedCrossEntropy
-from .measuring import CONTEXT_BYTES, Apart, Measured, Meter, is_out_of_memory
+from .measuring import CONTEXT_BYTES, Apart, Measured, Meter, give_back, is_out_of_memory
+from .memory import largest_tile
 from .model import FastUNet
 from .normalisation import Normalisation
 from .planning import PRECISIONS, RECOMPUTE, Choice, Setting, choose, counted_bytes
@@ -74,6 +75,9 @@ _FREE_ON_RESUME = ("out", "device", "memory", "recompute", "log_every", "images"
 
 # the heap of a CPU's process grows by up to a tenth over its first steps; a GPU's allocator is held to the budget
 _HEADROOM = {"cpu": 0.9}
+
+# what a validation may take, of what is counted for a step
+_OF_A_STEP = 0.6
 
 # tiles of a whole image that a trial looks at
 _TRIED = 4
@@ -111,9 +115,6 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
     meter = Meter(device)
     state = newest(config.out) if resume else None
     if state is not None:
-        if config.memory is not None:
-            # what the run came down to, if it had to
-            config = config.with_(tile=state.about["config"]["tile"])
         config = _continued(config, state.about["config"])
     else:
         _refuse_other_run(config.out)
@@ -262,9 +263,10 @@ def _inside_budget(config: TrainConfig, device: torch.device, say: Callable[[str
     writable_folder(config.out)
     with TemporaryDirectory(dir=config.out) as place:
         between = apart(_measure_between_steps, config.with_(out=Path(place), **steps), device).bytes
-    if between is not None and between > budget:
+    needed = None if between is None else between / _HEADROOM.get(device.type, 1.0)
+    if needed is not None and needed > budget:
         what = "validation and checkpoints take that, whatever the tile"
-        raise BadInput(f"memory must be at least {readable(between, up=True)}: {what}; got {config.memory}")
+        raise BadInput(f"memory must be at least {readable(needed, up=True)}: {what}; got {config.memory}")
     return config, choice
 
 
@@ -331,6 +333,9 @@ def resumed_config(out: Path, **overrides: Any) -> TrainConfig:
     if overrides.get("memory") is not None:
         # what another budget needs is found out again
         settings.pop("recompute", None)
+    if "memory" in settings:
+        # the last state knows what the run came down to, if it had to
+        settings.pop("tile", None)
     if overrides.get("epochs") is not None:
         del settings["steps"]  # the same run, its length said as it was at first
     return TrainConfig.from_dict({**settings, "out": str(out)}, **overrides)
@@ -393,6 +398,8 @@ class _Run:
         self.losses: list[Tensor] = []
         # in the middle of an update the weights belong to no step
         self.updating = False
+        # the greatest peak above the budget, and whether coming down is still tried
+        self.exceeded, self.watched = 0, True
 
     # ---- what lies on disk
 
@@ -474,6 +481,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * _rate(self.step, round(self.config.warmup * self.steps), self.steps)
         self.rate.last_epoch = self.step
+        # what was left free may be another
+        self._write_config()
         self._write_log()
 
     # ---- the loop
@@ -518,10 +527,20 @@ class _Run:
         return True
 
     def _stay_inside(self) -> None:
-        """A budget that was exceeded nevertheless is not exceeded again."""
-        peak = None if self.choice is None else self.meter.peak()
-        if peak is not None and self.choice is not None and peak > self.choice.budget_bytes:
-            self._come_down(f"{readable(peak)} were taken of {readable(self.choice.budget_bytes)}")
+        """A budget that was exceeded nevertheless is not exceeded again, if coming down can do that."""
+        peak = self.meter.peak() if self.choice is not None and self.watched else None
+        if peak is None or self.choice is None or peak <= self.choice.budget_bytes:
+            return
+        why = f"{readable(peak)} were taken of {readable(self.choice.budget_bytes)}"
+        self.watched = not 0 < self.exceeded <= peak
+        self.exceeded = peak
+        try:
+            if self.watched:
+                self._come_down(why)
+        except MemoryError:
+            self.watched = False
+        if not self.watched:
+            _to_stderr(f"note: {why}; less does not help")
 
     def _come_down(self, why: str) -> None:
         """Go on in less memory: recompute first, which changes no bit; then a smaller tile."""
@@ -531,10 +550,11 @@ class _Run:
         if now.recompute == "none":
             smaller = Setting(now.tile_in, now.precision, "level")
         else:
-            limit = _SMALLER * counted_bytes(self.model, now, config.batch)
+            batch = 1 if config.accumulate == "image" else config.batch
+            limit = _SMALLER * counted_bytes(self.model, now, batch)
             tiles = [n for n in _tiles_for(self.task.learn, config) if n < now.tile_in]
             settings = [Setting(n, now.precision, "level") for n in reversed(tiles)]
-            fits = (each for each in settings if counted_bytes(self.model, each, config.batch) <= limit)
+            fits = (each for each in settings if counted_bytes(self.model, each, batch) <= limit)
             found = next(fits, None)
             if found is None:
                 raise MemoryError(f"{why}, and {now} is the smallest there is")
@@ -613,14 +633,29 @@ class _Run:
     def between_steps(self) -> None:
         """All that a report does."""
         writable_folder(self.config.out / "checkpoints")
-        self.optimizer.zero_grad()
+        self._make_room()
         self.validation.scores(self.model, self._validation_tile)
         save(self.model, self.config.out / MODEL)
         self.keep_state()
 
+    def _make_room(self) -> None:
+        """The gradients of the last step are done with, and so are the holes that its maps left in the heap."""
+        self.optimizer.zero_grad()
+        if self.config.memory is not None and self.device.type == "cpu":
+            give_back()
+
     @property
     def _validation_tile(self) -> int | None:
-        return None if self.config.memory is None else self.config.tile
+        """Inside a budget: one that takes well below what a step takes."""
+        config = self.config
+        if config.memory is None or config.tile is None:
+            return None
+        now = Setting(config.tile, config.precision or "float32", config.recompute or "none")
+        try:
+            fits = largest_tile(_OF_A_STEP * counted_bytes(self.model, now), self.model, mode="predict")
+        except ValueError:
+            fits = 0
+        return min(config.tile, fits)
 
     def _report(self, check: bool) -> None:
         loss = float(torch.stack(self.losses).mean())
@@ -636,8 +671,7 @@ class _Run:
         epoch = (self.step - 1) // self.sampler.per_epoch
         row |= {"step": self.step, "epoch": epoch, "lr": f"{lr:.6g}", "loss": f"{loss:.6g}"}
         if check:
-            # no longer needed: room for what comes now
-            self.optimizer.zero_grad()
+            self._make_room()
             scores = self.validation.scores(self.model, self._validation_tile)
             # IoU and average precision of a few images jump from one validation to the next; the loss does not
             val_loss = scores.get("val_loss")
