@@ -258,8 +258,7 @@ def draw_profile(path: Path, curves: Sequence[Curve], title: str) -> None:
     if speed.lines:
         speed.set(xlabel="memory (GB)", ylabel="useful output Mpixel a second")
         speed.set(xscale="log", xlim=(least / 1.5, top * 1.3), ylim=(0, None))
-        said = "what is it worth?  dots: measured; lines: counted bytes, at the rate of the largest measured"
-        speed.set_title(said, fontsize=10, pad=16)
+        speed.set_title("what is it worth?  lines: at the rate of the largest measured", fontsize=10, pad=16)
     else:
         speed.set_axis_off()
         speed.annotate("nothing was measured", (0.5, 0.5), xycoords="axes fraction", ha="center")
