@@ -69,8 +69,11 @@ class Meter:
             return torch.cuda.max_memory_reserved(self.device) + CONTEXT_BYTES
         if self._before is None:
             return None
-        # a library's page that was first touched since then counts too: too much rather than too little
-        return max(0, _status()["VmHWM"] - self._mapped - self._before)
+        status = _status()
+        # of mapped pages, which the mark holds too, the fewest: too much is counted rather than too little, whether some
+        # were touched since or taken back
+        mapped = min(self._mapped, status["RssFile"] + status["RssShmem"])
+        return max(0, status["VmHWM"] - mapped - self._before)
 
     def measure(self, work: Callable[[], Any], *, calls: int = 1, within_s: float = math.inf) -> Measured:
         """Bytes over up to `calls` calls of `work`, and the seconds of the fastest: the first may build what stays.

@@ -112,7 +112,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         BadInput: data or settings that cannot be trained on; a run in the way; the loss is no number any more.
     """
     device = pick_device(config.device)
-    meter = Meter(device)
+    meter = None if config.memory is None else Meter(device)
     state = newest(config.out) if resume else None
     if state is not None:
         config = _continued(config, state.about["config"])
@@ -380,7 +380,9 @@ def _tiles_for(examples: Sequence[Example], config: TrainConfig) -> list[int]:
 class _Run:
     """One run: the loop and what it writes."""
 
-    def __init__(self, config: TrainConfig, task: _Task, meter: Meter, choice: Choice | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, task: _Task, meter: Meter | None = None, choice: Choice | None = None
+    ) -> None:
         assert config.steps is not None
         self.config, self.task, self.meter, self.choice = config, task, meter, choice
         self.model, self.sampler = task.model(config), task.sampler(config)
@@ -489,7 +491,8 @@ class _Run:
 
     def loop(self, progress: bool) -> None:
         start, before = time.monotonic(), self.seconds
-        self.meter.restart()
+        if self.meter is not None:
+            self.meter.restart()
         with Progress("train", self.steps, done=self.step, shown=progress) as bar:
             try:
                 # an interrupted report is made up for
@@ -505,8 +508,11 @@ class _Run:
                 if not self.updating:
                     self.keep_state()
                 raise
-        if self.choice is not None and (peak := self.meter.peak()) is not None and progress:
+        if progress and self.choice is not None and (peak := self._peak()) is not None:
             _to_stderr(f"memory: {readable(peak)} at most, of {readable(self.choice.budget_bytes)}")
+
+    def _peak(self) -> int | None:
+        return None if self.meter is None else self.meter.peak()
 
     def _report_if_due(self) -> None:
         last = self.step == self.steps
@@ -528,7 +534,7 @@ class _Run:
 
     def _stay_inside(self) -> None:
         """A budget that was exceeded nevertheless is not exceeded again, if coming down can do that."""
-        peak = self.meter.peak() if self.choice is not None and self.watched else None
+        peak = self._peak() if self.watched else None
         if peak is None or self.choice is None or peak <= self.choice.budget_bytes:
             return
         why = f"{readable(peak)} were taken of {readable(self.choice.budget_bytes)}"
@@ -565,7 +571,8 @@ class _Run:
         self.sampler = self.task.sampler(self.config)
         self._write_config()
         self.keep_state()
-        self.meter.restart()
+        if self.meter is not None:
+            self.meter.restart()
 
     def one_step(self, tiles: int | None = None) -> None:
         """Draw, forward, backward, update; of whole images the first `tiles` only, if that is all one wants to see."""
