@@ -8,8 +8,10 @@ meter was made; Linux keeps a high-water mark that can be set back, so that shor
 import ctypes
 import gc
 import math
+import mmap
 import multiprocessing
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -29,7 +31,7 @@ T = TypeVar("T")
 # CUDA's context and the libraries' handles: 0.3 to 0.6 GB, less on small cards
 CONTEXT_BYTES = 500_000_000
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STATUS, _CLEAR, _PAGES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/statm")
 # to the latter: set the high-water mark to what is held now
 _RESET = "5"
 
@@ -69,11 +71,8 @@ class Meter:
             return torch.cuda.max_memory_reserved(self.device) + CONTEXT_BYTES
         if self._before is None:
             return None
-        status = _status()
-        # of mapped pages, which the mark holds too, the fewest: too much is counted rather than too little, whether some
-        # were touched since or taken back
-        mapped = min(self._mapped, status["RssFile"] + status["RssShmem"])
-        return max(0, status["VmHWM"] - mapped - self._before)
+        # the mark holds mapped pages too; one that was first touched since counts: too much rather than too little
+        return max(0, _status()["VmHWM"] - self._mapped - self._before)
 
     def measure(self, work: Callable[[], Any], *, calls: int = 1, within_s: float = math.inf) -> Measured:
         """Bytes over up to `calls` calls of `work`, and the seconds of the fastest: the first may build what stays.
@@ -82,13 +81,15 @@ class Meter:
         """
         self.restart()
         seconds: list[float] = []
-        while len(seconds) < calls and sum(seconds) + min(seconds, default=0.0) <= within_s:
-            self._wait()
-            started = time.perf_counter()
-            work()
-            self._wait()
-            seconds.append(time.perf_counter() - started)
-        return Measured(self.peak(), min(seconds))
+        with _Watch(self._before is not None and self.device.type != "cuda") as watch:
+            while len(seconds) < calls and sum(seconds) + min(seconds, default=0.0) <= within_s:
+                self._wait()
+                started = time.perf_counter()
+                work()
+                self._wait()
+                seconds.append(time.perf_counter() - started)
+        peak = self.peak()
+        return Measured(None if peak is None else max(peak, watch.greatest - (self._before or 0)), min(seconds))
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -148,6 +149,35 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and ("memory" in said or "bad_alloc" in said)
     )
+
+
+class _Watch:
+    """Looks at this process's anonymous memory every millisecond.
+
+    The high-water mark is exact, but of anonymous and mapped pages together: where the system takes mapped ones back
+    meanwhile, new anonymous ones hide below it.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self.greatest, self.wanted, self._done = 0, wanted, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Self:
+        if self.wanted:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        if self.wanted:
+            self._thread.join()
+
+    def _look(self) -> None:
+        with _PAGES.open("rb", buffering=0) as file:
+            while not self._done.wait(1e-3):
+                file.seek(0)
+                _, resident, mapped, *_ = file.read().split()
+                self.greatest = max(self.greatest, (int(resident) - int(mapped)) * mmap.PAGESIZE)
 
 
 def _status() -> dict[str, int]:
