@@ -113,7 +113,9 @@ def _sentences() -> Iterator[None]:
     except (BadInput, OSError) as error:
         _stop(str(error), BAD_INPUT)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+        from .measuring import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         details = str(error).splitlines() or ["nothing more is known"]
         _stop(f"out of memory; smaller images, or tiles (--tile), need less ({details[0]})", OUT_OF_MEMORY)
@@ -401,14 +403,16 @@ def profile(
     features: Annotated[
         str | None, typer.Option(help="Instead of a model: channels per level, such as 16,32,64,128.")
     ] = None,
-    channels: Annotated[int, typer.Option(help="Channels of the image.", min=1)] = 1,
-    classes: Annotated[int, typer.Option("--classes", "-c", help="Classes, background included.", min=1)] = 2,
-    up_mode: Annotated[UpMode, typer.Option(help="Up-convolution: deconv or resize.")] = UpMode.DECONV,
+    channels: Annotated[int | None, typer.Option(help="Channels of the image, default 1.", min=1)] = None,
+    classes: Annotated[
+        int | None, typer.Option("--classes", "-c", help="Classes, background included, default 2.", min=1)
+    ] = None,
+    up_mode: Annotated[UpMode | None, typer.Option(help="Up-convolution: deconv (default) or resize.")] = None,
     tiles: Annotated[str | None, typer.Option(help="Sides to look at, such as 188,572; default: a ladder.")] = None,
     precision: Annotated[Precision | None, typer.Option(help="One only; default: both.")] = None,
     recompute: Annotated[Recompute | None, typer.Option(help="One only; default: both, in training.")] = None,
     batch: Annotated[int, typer.Option("--batch", "-b", help="Tiles at a time.", min=1)] = 1,
-    seconds: Annotated[float, typer.Option(help="Time for measuring; 0: count only.", min=0.0)] = 60.0,
+    seconds: Annotated[float, typer.Option(help="For measuring tiles; 0: count only.", min=0.0)] = 60.0,
     layers: Annotated[
         bool, typer.Option("--layers", help="Where bytes and time go, layer by layer; of --tiles' first, or of 572.")
     ] = False,
@@ -420,8 +424,12 @@ def profile(
     quiet: Quiet = False,
 ) -> None:
     """Show what a tile costs, before training: memory, time, useful pixels a second; by counting and by real steps."""
-    if model is not None and features is not None:
-        raise typer.BadParameter("a model has its own", param_hint="--features")
+    own = {"--features": features, "--channels": channels, "--classes": classes, "--up-mode": up_mode}
+    for option, given in own.items():
+        if model is not None and given is not None:
+            raise typer.BadParameter("a model has its own", param_hint=option)
+    if mode is Mode.PREDICT and recompute is Recompute.LEVEL:
+        raise typer.BadParameter("only training recomputes", param_hint="--recompute")
     widths = None if features is None else _numbers("--features", features)
     sides = None if tiles is None else _numbers("--tiles", tiles)
     with _sentences():
@@ -429,7 +437,7 @@ def profile(
 
         found = report(
             model=model,
-            net={"in_channels": channels, "out_channels": classes, "features": widths, "up_mode": up_mode.value},
+            net={"in_channels": channels, "out_channels": classes, "features": widths, "up_mode": up_mode},
             modes=("train", "predict") if mode is Mode.BOTH else (mode.value,),
             precisions=None if precision is None else (precision.value,),
             recompute=None if recompute is None else (recompute.value,),

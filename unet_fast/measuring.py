@@ -31,6 +31,9 @@ T = TypeVar("T")
 # CUDA's context and the libraries' handles: 0.3 to 0.6 GB, less on small cards
 CONTEXT_BYTES = 500_000_000
 
+# what allocators say; "illegal memory access" and "memory format" are other troubles
+_REFUSALS = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
+
 _STATUS, _CLEAR, _PAGES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/self/statm")
 # to the latter: set the high-water mark to what is held now
 _RESET = "5"
@@ -124,7 +127,7 @@ class Apart:
             with _nameless_main(), ProcessPoolExecutor(1, mp_context=self.context) as child:
                 return child.submit(_with_threads, torch.get_num_threads(), function, arguments).result()
         except BrokenProcessPool as error:
-            raise MemoryError("the system ended a process, which it does when memory runs out") from error
+            raise MemoryError("a process was ended from outside, as systems do when memory runs out") from error
 
 
 @contextmanager
@@ -147,7 +150,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator said so: Python's, torch's on a GPU, or torch's on a CPU (a plain RuntimeError)."""
     said = str(error)
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and ("memory" in said or "bad_alloc" in said)
+        isinstance(error, RuntimeError) and any(words in said for words in _REFUSALS)
     )
 
 
@@ -223,6 +226,6 @@ def roof_tflops(device: torch.device, dtype: torch.dtype) -> float:
     meter, before = Meter(device), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if torch.backends.cudnn.allow_tf32 else "highest")
     try:
-        return max(flop / meter.measure(work, calls=20, within_s=1.5).seconds for flop, work in works) / 1e12
+        return max(flop / meter.measure(work, calls=20, within_s=0.7).seconds for flop, work in works) / 1e12
     finally:
         torch.set_float32_matmul_precision(before)

@@ -121,15 +121,16 @@ class _Step:
         if not self.keeps:
             self.ledger.drop(f"cast {name}")
 
-    def down(self, level: int) -> None:
+    def down(self, level: int, again: bool = False) -> None:
         make, map_ = self.ledger.make, self.sizes.map
         if level:
             make(f"pool.{level}", map_(f"pool.{level}"), "activations")
         for part in ("conv1", "conv2"):
             self.convolve(f"down.{level}.{part}")
         if self.dropped(level):
-            # noise, and the map times noise, which is what goes on
+            # noise, and the map times noise, which is what goes on; made again, nobody needs that
             make(f"noise.{level}", map_(f"down.{level}.conv2"), "activations")
+        if self.dropped(level) and not again:
             make(f"dropped.{level}", map_(f"down.{level}.conv2"), "activations")
 
     def up(self, level: int) -> None:
@@ -272,7 +273,7 @@ class _Step:
             self.rename("sum", "dx")
         if self.recompute:
             drop(self.handed_on(level))
-            self.down(level)
+            self.down(level, again=True)
         if self.dropped(level):
             make("dz", sizes.map(whole), "gradients")
             drop("dx", f"noise.{level}", f"dropped.{level}")
@@ -303,7 +304,8 @@ def estimate(
     """Bytes of a training step, or of a prediction, at the moment of greatest need.
 
     Agrees within 1 % with what torch's MemTracker counts for the same step under fake tensors, which is the path of a
-    GPU; the loss is softmax cross-entropy against class ids.
+    GPU; the loss is softmax cross-entropy against class ids. A prediction's concatenation, which real tensors make for
+    the length of a convolution and fake ones do not, is counted (`workspace`).
 
     Args:
         model: the net; may lie on the meta device.

@@ -5,6 +5,7 @@ fits; recomputing maps makes room for a larger one at a third more work; bfloat1
 machines and slow on others. Each way is counted (`unet_fast.memory`); one step of the smallest tile tells the
 machine's rate and what it takes beside the count; then the way that promises most is climbed by real steps of growing
 tiles, so that the budget is approached from below, and another only where it promises more than was found.
+At last a precision that was not is tried at a like tile, and smaller tiles as long as they are faster.
 """
 
 from collections.abc import Callable, Sequence
@@ -139,9 +140,10 @@ def choose(
                 break
     while True:
         best = max((way for way in ways if not way.climbed), key=lambda way: way.expected(tiles), default=None)
-        if best is None or best.expected(tiles) <= planner.fastest():
+        if best is not None and best.expected(tiles) > planner.fastest():
+            best.climb(tiles)
+        elif not planner.try_rival(ways, tiles):
             break
-        best.climb(tiles)
     planner.descend(ways, tiles)
     trials = tuple(planner.trials.values())
     fits = [trial for trial in trials if trial.fits]
@@ -150,7 +152,9 @@ def choose(
     if not fits:
         way = min(ways, key=lambda way: way.forecast(tiles[0]))
         needed = readable(way.forecast(tiles[0]) / _MARGIN / headroom, up=True)
-        raise BadInput(f"memory must be at least {needed} for {way.setting(tiles[0])}, got {readable(budget_bytes)}")
+        more = "" if trials else ", and what the data and libraries take,"
+        given = readable(budget_bytes)
+        raise BadInput(f"memory must be at least {needed}{more} for {way.setting(tiles[0])}, got {given}")
     good = [trial for trial in fits if (trial.mpixel_per_s or 0.0) >= _NOISE * planner.fastest()]
     chosen = max(good, key=lambda trial: trial.setting.tile_in)
     return Choice(chosen, trials, budget_bytes, _why(chosen, fits, tiles))
@@ -201,6 +205,20 @@ class _Planner:
 
     def fastest(self) -> float:
         return max((trial.mpixel_per_s or 0.0 for trial in self.trials.values() if trial.fits), default=0.0)
+
+    def try_rival(self, ways: Sequence["_Way"], tiles: Sequence[int]) -> bool:
+        """Try a precision that was seen at the smallest tile only at one like the fastest's; whether there was one.
+
+        Where a step is mostly drawing the smallest tile tells nothing about arithmetic.
+        """
+        best = max((t for t in self.trials.values() if t.fits), key=lambda t: t.mpixel_per_s or 0.0, default=None)
+        seen = {setting.precision for setting in self.trials if setting.tile_in > tiles[0]}
+        for way in ways:
+            tile = way.largest([tile for tile in tiles if best is not None and tile <= best.setting.tile_in])
+            if way.precision not in seen and tile is not None and tile > tiles[0]:
+                self.attempt(way, tile)
+                return True
+        return False
 
     def descend(self, ways: Sequence["_Way"], tiles: Sequence[int]) -> None:
         """Try smaller tiles than the fastest, as long as they are faster: maps that fit a cache may make them so."""

@@ -143,8 +143,9 @@ def _line(row: Row, budget: int | None) -> str:
     measured = None if row.measured_bytes is None else row.measured_bytes / 1e9
     share = "-" if row.roof_share is None else f"{row.roof_share:.0%}"
     over = "  over the budget" if budget is not None and row.predicted_bytes > budget else ""
+    predicted = _digits(row.predicted_bytes / 1e9)
     return (
-        f"{row.tile_in:6d} {row.tile_out:6d}  {_digits(row.useful_mpixel):>13s}  {row.predicted_bytes / 1e9:12.3g}  "
+        f"{row.tile_in:6d} {row.tile_out:6d}  {_digits(row.useful_mpixel):>13s}  {predicted:>12s}  "
         f"{_or_dash(measured):>11s}  {_or_dash(row.ms):>8s}  {_or_dash(row.useful_mpixel_per_s):>15s}  "
         f"{_digits(row.gflop):>7s}  {share:>11s}{over}"
     )
@@ -182,7 +183,7 @@ def profile(
         device: None for the CPU.
         batch: tiles at a time.
         budget_bytes: larger rows are not measured, and the largest tile inside is told for each way.
-        seconds: that measuring may take, all in all; 0 counts only.
+        seconds: for measuring tiles, shared by the ways; the roof and the layers' times come on top. 0 counts only.
         layers_of: also say where bytes and time of this tile go, in the first of the ways.
         say: is told what is measured.
 
@@ -541,7 +542,7 @@ def _layer_rows(
 def _layer_times(
     net: dict[str, Any], way: Way, tile: int, batch: int, device: torch.device
 ) -> dict[str, tuple[float, float | None]]:
-    """ms forward and backward of each layer, of the fastest of three steps, by hooks around the modules."""
+    """ms forward and backward of each layer, of the faster of two steps, by hooks around the modules."""
     work = _Work(net, Way(way.mode, way.precision), batch, device)
     modules = {n: m for n, m in work.net.named_modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)}
     first, *_ = modules
@@ -550,7 +551,7 @@ def _layer_times(
         for name, module in modules.items():
             clocks[name].watch_backward(module, ends=name != first)
     step = work.on(tile, clocks[first].stop_backward if way.mode == "train" else lambda: None)
-    for _ in range(3):
+    for _ in range(2):
         step()
     return {
         name: (min(clock.forward) * 1e3, min(clock.backward) * 1e3 if clock.backward else None)

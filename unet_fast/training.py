@@ -241,8 +241,12 @@ def _inside_budget(config: TrainConfig, device: torch.device, say: Callable[[str
     between steps."""
     assert config.memory is not None
     budget = bytes_of(config.memory)
+    writable_folder(config.out)
     task = _prepare(config, device)
     config, net = config.with_(classes=task.classes), task.model(config)
+    if config.tile is not None:
+        # refused here, and not by a trial
+        task.sampler(config)
     tiles = [config.tile] if config.tile else _tiles_for(task.learn, config)
     # on a CPU the trials are other processes, with the data once more
     del task
@@ -260,7 +264,6 @@ def _inside_budget(config: TrainConfig, device: torch.device, say: Callable[[str
     )
     say(choice.table())
     config = _with(config, choice.setting)
-    writable_folder(config.out)
     with TemporaryDirectory(dir=config.out) as place:
         between = apart(_measure_between_steps, config.with_(out=Path(place), **steps), device).bytes
     needed = None if between is None else between / _HEADROOM.get(device.type, 1.0)
@@ -485,6 +488,11 @@ class _Run:
         self.rate.last_epoch = self.step
         # what was left free may be another
         self._write_config()
+        if self.choice is not None:
+            place = self.config.out / "run.json"
+            record = {**json.loads(place.read_text()), "memory": asdict(self.choice)}
+            with replacing(place) as path:
+                path.write_text(json.dumps(record, indent=2) + "\n")
         self._write_log()
 
     # ---- the loop

@@ -232,6 +232,8 @@ def test_an_allocators_refusal_is_known(error: BaseException) -> None:
 @pytest.mark.parametrize(
     "error",
     [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Unsupported memory format. Supports only ChannelsLast, Contiguous"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"),
         RuntimeError(""),
         ValueError("out of memory"),

@@ -675,7 +675,7 @@ def test_one_mode_precision_and_recomputation_can_be_asked_for() -> None:
     for more, names in (
         ("", NAMES),
         ("--mode train", NAMES[:4]),
-        ("--mode predict --precision float32 --recompute level", NAMES[4:5]),
+        ("--mode predict --precision float32", NAMES[4:5]),
         ("--mode train --precision bfloat16 --recompute level", NAMES[3:4]),
         ("--recompute none", [NAMES[0], NAMES[2], *NAMES[4:]]),
     ):
@@ -697,6 +697,10 @@ def test_a_model_is_profiled_as_it_was_saved(tmp_path: Path) -> None:
         ("--features 4,x", "must be whole numbers with commas between"),
         ("--tiles 1e3", "must be whole numbers with commas between"),
         ("--features 4,8 --model model.safetensors", "a model has its own"),
+        ("--classes 3 --model model.safetensors", "a model has its own"),
+        ("--channels 1 --model model.safetensors", "a model has its own"),
+        ("--up-mode resize --model model.safetensors", "a model has its own"),
+        ("--mode predict --recompute level", "only training recomputes"),
     ],
 )
 def test_what_cannot_be_meant_is_a_usage_error(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -359,6 +359,9 @@ def test_a_run_goes_on_in_another_budget_with_its_tile_and_precision(
     about = read_tensors(run / "checkpoints" / "00000007.safetensors")[1]["config"]
     assert (about["tile"], about["precision"]) == (tile, precision)
     assert about.get("memory") == now.get("memory")
+    if "memory" in now:
+        record = json.loads((run / "run.json").read_text())["memory"]
+        assert record["budget_bytes"] == bytes_of(now["memory"])
     if "recompute" in now:
         assert about["recompute"] == now["recompute"]
     whole = tmp_path / "whole"
@@ -678,11 +681,11 @@ def test_a_budget_that_is_no_size_is_refused_with_what_it_should_be(
     memory: str, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("UNET_FAST_DEBUG", raising=False)
-    sentence = f"memory must be a size such as 6GB, 500MB or 4GiB, got {memory}"
+    sentence = f"memory must be a size such as 6GB, 500MB or 4GiB, got {memory or 'nothing'}"
     with pytest.raises(BadInput, match=re.escape(sentence)):
         config(drawn, tmp_path / "run", memory=memory)
     done = CliRunner().invoke(app, train_words(drawn, tmp_path / "run", f"--memory={memory}"))
-    assert (done.exit_code, done.stderr, done.stdout) == (3, f"error: {sentence.strip()}\n", "")
+    assert (done.exit_code, done.stderr, done.stdout) == (3, f"error: {sentence}\n", "")
     assert not (tmp_path / "run").exists()
 
 
@@ -701,7 +704,8 @@ def test_a_budget_too_small_is_refused_with_what_would_do(
         assert done.exit_code == 3, done.output
         [said] = done.stderr.splitlines()
         found = re.fullmatch(
-            r"error: memory must be at least ([0-9.]+ [kMG]?B)(?: for tile \d\d, \w+(?:, recompute level)?, |:"
+            r"error: memory must be at least ([0-9.]+ [kMG]?B)"
+            r"(?:(?:, and what the data and libraries take,)? for tile \d\d, \w+(?:, recompute level)?, |:"
             r" validation and checkpoints take that, whatever the tile; )got .*",
             said,
         )

@@ -25,6 +25,10 @@ UNITS = st.sampled_from(sorted(POWERS))
 SPACES = st.sampled_from(["", " ", "  ", "\t"])
 
 
+def test_short_units_and_signed_exponents_are_understood() -> None:
+    assert [bytes_of(text) for text in ("6G", "1.5 m", "1e+9", "2e3k")] == [6 * 10**9, 1_500_000, 10**9, 2 * 10**6]
+
+
 @given(st.integers(1, 10**6), UNITS, SPACES, SPACES)
 def test_a_whole_number_of_any_unit_is_exact(number: int, unit: str, between: str, around: str) -> None:
     assert bytes_of(f"{around}{number}{between}{unit}{around}") == number * POWERS[unit]
@@ -64,7 +68,7 @@ def test_any_text_is_a_size_or_refused_with_itself_in_the_sentence(text: str) ->
         said = None if 1 <= bytes_of(text) < 2**63 else "a size out of range"
     except ValueError as error:
         said = str(error)
-    assert said in (None, f"memory must be a size such as 6GB, 500MB or 4GiB, got {text}")
+    assert said in (None, f"memory must be a size such as 6GB, 500MB or 4GiB, got {text.strip() or 'nothing'}")
 
 
 NO_SIZES = ["", "GB", "6 GBit", "6XB", "-6GB", "+6GB", "0", "0GB", "0.4", "1.2.3GB", ".", "1e400", "9e30", "8388608TiB"]
