@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from .augment import ElasticWarp
     from .config import TrainConfig
     from .data import class_balance
+    from .inference import predict
     from .loss import BorderWeightedCrossEntropy
     from .model import FastUNet
     from .normalisation import Normalisation
     from .storage import load, save
-    from .tiling import plan_tiles, predict
+    from .tiling import plan_tiles
     from .training import train
 
 __all__ = [
@@ -48,7 +49,7 @@ _HOMES = {
     "class_balance": "data",
     "load": "storage",
     "plan_tiles": "tiling",
-    "predict": "tiling",
+    "predict": "inference",
     "save": "storage",
     "train": "training",
 }

@@ -1,17 +1,29 @@
-"""From class labels to cells: connected components, and the gap between touching cells given back to them."""
+"""From class labels to cells: connected components, and the gap between touching cells given back to them.
 
+An image is looked at in bands of rows, twice: once to learn which pieces belong together, once to number them; the
+labels need not lie in memory.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 import unet_kernels
 
-__all__ = ["find_cells"]
+__all__ = ["Cells", "find_cells"]
+
+Array = np.ndarray[Any, Any]
+
+# pixels of a band
+_BAND = 2**22
+# growing back looks so many rows further
+_CONTEXT = 2
 
 
-def find_cells(labels: np.ndarray[Any, Any], *, min_pixels: int = 1) -> np.ndarray[Any, Any]:
+def find_cells(labels: Array, *, min_pixels: int = 1) -> Array:
     """Instance ids of predicted class labels, slice by slice: int32, ids 1 .. n in each slice.
 
     A cell is a 4-connected component of one class. Training cuts a gap between touching cells
@@ -27,21 +39,98 @@ def find_cells(labels: np.ndarray[Any, Any], *, min_pixels: int = 1) -> np.ndarr
     array([[1, 1, 1, 2, 2, 0]], dtype=int32)
     """
     stack = labels if labels.ndim == 3 else labels[None]
-    found = np.stack([_cells(plane, min_pixels) for plane in stack])
+    found = np.stack([_of_plane(plane, min_pixels) for plane in stack])
     return found if labels.ndim == 3 else found[0]
 
 
-def _cells(plane: np.ndarray[Any, Any], min_pixels: int) -> np.ndarray[Any, Any]:
-    ids, count = np.zeros(plane.shape, np.int32), 0
-    for c in np.unique(plane[plane > 0]):
-        here, more = ndimage.label(plane == c)
-        ids[here > 0] = here[here > 0] + count
-        count += more
-    if min_pixels > 1:
-        keep = np.bincount(ids.ravel(), minlength=count + 1) >= min_pixels
-        keep[0] = False
-        ids = (np.cumsum(keep) * keep)[ids].astype(np.int32)
-    return _regrown(ids)
+def _of_plane(plane: Array, min_pixels: int) -> Array:
+    height, width = plane.shape
+    return Cells(lambda first, stop: plane[first:stop], height, width, min_pixels=min_pixels).rows(0, height)
+
+
+class Cells:
+    """The cells of one plane of class labels that is read in bands of rows; see `find_cells`.
+
+    Args:
+        labels: gives rows [first, stop) of the labels, as often as it is asked.
+        height, width: of the plane.
+        min_pixels: components smaller than this are dropped.
+        band: rows that are looked at together; None: some four million pixels.
+    """
+
+    def __init__(
+        self,
+        labels: Callable[[int, int], Array],
+        height: int,
+        width: int,
+        *,
+        min_pixels: int = 1,
+        band: int | None = None,
+    ) -> None:
+        self.labels, self.height = labels, height
+        self.band = min(height, band or max(64, _BAND // width))
+        # the first piece of each band; of each piece its class and size, and which pieces touch across two bands
+        self._first: list[int] = [0]
+        classes, sizes, pairs = [], [], []
+        above: tuple[Array, Array] | None = None
+        for start in range(0, height, self.band):
+            values = labels(start, min(height, start + self.band))
+            pieces, kinds = _pieces(values)
+            pieces = np.where(pieces > 0, pieces + self._first[-1], 0)
+            if above is not None:
+                same = (above[0] == values[0]) & (values[0] > 0)
+                pairs.append(np.unique(np.stack([above[1][same], pieces[0][same]]), axis=1))
+            above = values[-1], pieces[-1]
+            sizes.append(np.bincount(pieces[pieces > 0] - self._first[-1], minlength=len(kinds) + 1)[1:])
+            classes.append(kinds)
+            self._first.append(self._first[-1] + len(kinds))
+        self._number = _numbered(np.concatenate(classes), np.concatenate(sizes), pairs, min_pixels)
+        self.count = int(self._number.max(initial=0))
+        self._kept: dict[int, Array] = {}
+
+    def rows(self, first: int, stop: int) -> Array:
+        """Ids of rows [first, stop), int32."""
+        low, high = max(0, first - _CONTEXT), min(self.height, stop + _CONTEXT)
+        bands = range(low // self.band, -(-high // self.band))
+        self._kept = {number: self._kept[number] for number in bands if number in self._kept}
+        for number in bands:
+            if number not in self._kept:
+                self._kept[number] = self._ids(number)
+        ids = np.concatenate([self._kept[number] for number in bands]) if len(bands) > 1 else self._kept[bands[0]]
+        start = bands[0] * self.band
+        return _regrown(ids[low - start : high - start])[first - low : stop - low]
+
+    def _ids(self, number: int) -> Array:
+        start = number * self.band
+        pieces, _ = _pieces(self.labels(start, min(self.height, start + self.band)))
+        return self._number[np.where(pieces > 0, pieces + self._first[number], 0)]
+
+
+def _pieces(values: Array) -> tuple[Array, Array]:
+    """(4-connected components of each class, numbered from 1 on; the class of each)."""
+    found, kinds = np.zeros(values.shape, np.int32), []
+    for kind in np.unique(values[values > 0]):
+        here, more = ndimage.label(values == kind)
+        found[here > 0] = here[here > 0] + sum(map(len, kinds))
+        kinds.append(np.full(more, kind, np.int64))
+    return found, np.concatenate(kinds) if kinds else np.zeros(0, np.int64)
+
+
+def _numbered(classes: Array, sizes: Array, pairs: list[Array], min_pixels: int) -> Array:
+    """The id of each piece, 0 for background and what is too small: by class, and by the first pixel."""
+    count = len(classes)
+    if not count:
+        return np.zeros(1, np.int32)
+    joined = np.concatenate(pairs, axis=1) - 1 if pairs else np.zeros((2, 0), np.int64)
+    graph = sparse.coo_array((np.ones(joined.shape[1], np.int8), (joined[0], joined[1])), shape=(count, count))
+    _, whole = sparse.csgraph.connected_components(graph, directed=False)
+    found, first = np.unique(whole, return_index=True)
+    pixels = np.bincount(whole, weights=sizes, minlength=len(found))
+    order = np.lexsort((first, classes[first]))
+    order = order[pixels[order] >= min_pixels]
+    number = np.zeros(len(found), np.int32)
+    number[order] = np.arange(1, len(order) + 1)
+    return np.concatenate([np.zeros(1, np.int32), number[whole]])
 
 
 def _regrown(ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -18,7 +18,7 @@ from .errors import BadInput
 
 __all__ = ["app", "main"]
 
-BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 3, 4, 130
+BAD_INPUT, OUT_OF_MEMORY, PARTIAL, INTERRUPTED = 3, 4, 5, 130
 
 app = typer.Typer(
     name="unet-fast",
@@ -77,6 +77,24 @@ class Precision(StrEnum):
 class Accumulate(StrEnum):
     TILE = "tile"
     IMAGE = "image"
+
+
+class Averaged(StrEnum):
+    NONE = "none"
+    D4 = "d4"
+    ROT7 = "rot7"
+
+
+class Nan(StrEnum):
+    REFUSE = "refuse"
+    FILL = "fill"
+
+
+class Format(StrEnum):
+    TIF = "tif"
+    PNG = "png"
+    NPY = "npy"
+    ZARR = "zarr"
 
 
 class UpMode(StrEnum):
@@ -282,30 +300,59 @@ def _numbers(name: str, text: str) -> list[int]:
 @app.command()
 def predict(
     model: Annotated[Path, typer.Option("--model", "-m", help="Training run, or a model.safetensors.")],
-    images: Images,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder, or a .tif or .png for a single image.")],
+    images: Annotated[
+        list[Path],
+        typer.Option(
+            "--images", "-i", help="Image file (TIFF, PNG, NumPy), Zarr or folder of such; may be given several times."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder; or for a single image a .tif, .png, .npy or .zarr.")
+    ],
     output: Annotated[Output, typer.Option(help="Classes, numbered cells, or the probability of each class.")] = (
         Output.LABELS
     ),
     tile: Annotated[int | None, typer.Option(help="Side of a tile; default: fits the image, 572 at most.")] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Instead of --tile: the largest tiles whose counted bytes fit, such as 6GB.")
+    memory: Annotated[str | None, typer.Option(help="Instead of --tile: a budget such as 6GB, which is kept.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", "-b", min=1, help="Tiles at a time; default: 1, or what --memory has room for."),
     ] = None,
+    tta: Annotated[
+        Averaged,
+        typer.Option(
+            help="Average over 8 mirrored and turned versions (d4), or 7 rotated by multiples of 360/7 (rot7)."
+        ),
+    ] = Averaged.NONE,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what an interrupted run has finished.")] = False,
+    verify_seams: Annotated[
+        bool, typer.Option("--verify-seams", help="Compare with tiles that lie across the seams, at a few places.")
+    ] = False,
+    nan: Annotated[
+        Nan, typer.Option(help="NaN and infinite pixels: refuse the image, or fill them with its dark end.")
+    ] = Nan.REFUSE,
     axes: Axes = None,
     threshold: Annotated[
         float | None, typer.Option(help="Probability above which a pixel is a cell; default: the likelier class.")
     ] = None,
     min_pixels: Annotated[int, typer.Option(help="Drop smaller cells (instances only).", min=1)] = 1,
+    format: Annotated[  # noqa: A002 (the option's name)
+        Format, typer.Option(help="Of results in a folder; float16 where npy or zarr hold probabilities.")
+    ] = Format.TIF,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Segment images of any size; results have the images' size and names."""
+    """Segment images of any size, disk to disk; results have the images' size and names.
+
+    An interrupted run goes on with --resume. A bad image among several is reported and the rest is done (exit code 5).
+    """
     with _sentences():
         from .prediction import predict_files
         from .storage import load, pick_device
 
         net = load(model).to(pick_device(device))
-        written = predict_files(
+        summary = predict_files(
             net,
             images,
             out,
@@ -313,12 +360,31 @@ def predict(
             axes=axes,
             tile_in=tile,
             memory=memory,
+            batch=batch,
+            tta=tta.value,
+            nan=nan.value,
             threshold=threshold,
             min_pixels=min_pixels,
+            suffix=f".{format.value}",
+            resume=resume,
+            seams=verify_seams,
             progress=not quiet,
         )
-        what = written[0] if len(written) == 1 else f"{len(written)} files in {written[0].parent}"
-        typer.echo(f"{output.value}: {what}", err=True)
+        for file in summary.files:
+            if file.seams is not None:
+                typer.echo(f"seams: {file.image.name}: {file.seams}", err=True)
+        if as_json:
+            typer.echo(json.dumps(summary.as_dict(), indent=2))
+        written = summary.written
+        if written:
+            what = written[0] if len(summary.files) == 1 else f"{len(written)} files in {written[0].parent}"
+            rate = f" ({summary.mpixel_per_s:.3g} Mpixel/s)" if summary.mpixel_per_s else ""
+            typer.echo(f"{output.value}: {what}{rate}", err=True)
+        if summary.failed:
+            rest = f"{len(summary.failed)} of {len(summary.files)} images could not be segmented"
+            _stop(f"{rest}; mend them and go on with --resume", PARTIAL if written else BAD_INPUT)
+        if not summary.seamless:
+            _stop("tiles do not join without seams; the results are written", PARTIAL)
 
 
 @app.command()

@@ -22,8 +22,9 @@ from .evaluation import evaluate
 from .files import read_stack, replacing, writable_folder, write_tiff
 from .prediction import predict_files
 from .scores import Report, table
+from .seams import seam_check
 from .storage import load
-from .tiling import plan_tiles, seam_check
+from .tiling import plan_tiles
 from .training import train
 
 __all__ = ["run"]

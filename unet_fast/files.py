@@ -23,10 +23,19 @@ from .errors import BadInput
 __all__ = [
     "AXES",
     "SUFFIXES",
+    "TIFF",
     "Stack",
+    "as_slices",
+    "check_bytes",
+    "check_pages",
     "list_images",
+    "natural",
+    "one_line",
+    "read_picture",
     "read_stack",
     "replacing",
+    "sizes",
+    "sync_folder",
     "writable_folder",
     "write_picture",
     "write_tiff",
@@ -78,10 +87,10 @@ def list_images(path: Path) -> list[Path]:
     if not found:
         raise BadInput(f"{path} has no image in it; expected files ending in {', '.join(SUFFIXES)}")
     # x1 and x01 are one number: the name decides, not the file system
-    return sorted(found, key=lambda p: (_natural(p), p.name))
+    return sorted(found, key=lambda p: (natural(p), p.name))
 
 
-def _natural(path: Path) -> list[tuple[int, int, str]]:
+def natural(path: Path) -> list[tuple[int, int, str]]:
     parts: list[tuple[int, int, str]] = []
     text = ""
     for character in path.name + "\0":
@@ -110,18 +119,18 @@ def read_stack(path: Path, *, axes: str | None = None, labels: bool = False) -> 
         raise BadInput(f"{path} must be one of {', '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}")
     if labels and suffix in (".jpg", ".jpeg"):
         raise BadInput(f"{path} holds labels as JPEG, which changes ids; save them as PNG or TIFF")
-    array, found = _read_tiff(path) if suffix in TIFF else _read_picture(path, labels)
+    array, found = _read_tiff(path) if suffix in TIFF else read_picture(path, labels)
     if axes is not None:
         if len(axes) != array.ndim:
-            raise BadInput(f"{path} has {array.ndim} axes of {_sizes(array.shape)}, axes said {axes}")
+            raise BadInput(f"{path} has {array.ndim} axes of {sizes(array.shape)}, axes said {axes}")
         found = axes
     if 0 in array.shape:
-        raise BadInput(f"{path} is empty: {_sizes(array.shape)}")
+        raise BadInput(f"{path} is empty: {sizes(array.shape)}")
     if array.dtype == bool:
         array = array.astype(np.uint8)
     if array.dtype.kind not in "uif" or array.dtype == np.float16:
         raise BadInput(f"{path} must be integer, float32 or float64, got {array.dtype}")
-    pixels = _as_slices(path, array, found)
+    pixels = as_slices(path, array, found)
     if labels and pixels.shape[1] > 1:
         if not (pixels == pixels[:, :1]).all():
             raise BadInput(
@@ -131,14 +140,20 @@ def read_stack(path: Path, *, axes: str | None = None, labels: bool = False) -> 
     return Stack(path, pixels, any(a not in "CSYX" for a in found), found)
 
 
-def _as_slices(path: Path, array: np.ndarray[Any, Any], axes: str) -> np.ndarray[Any, Any]:
-    """[D, C, H, W] of an array whose axes have letters; C and S are channels, whatever piles images up is D."""
+def as_slices(path: Path, array: np.ndarray[Any, Any], axes: str) -> np.ndarray[Any, Any]:
+    """[D, C, H, W] of an array whose axes have letters; C and S are channels, whatever piles images up is D.
+
+    A view of the array.
+
+    Raises:
+        BadInput: several axes pile up, or there are no rows and columns.
+    """
     kept = [i for i, n in enumerate(array.shape) if n > 1 or axes[i] in "YX"]
     piles = [i for i in kept if axes[i] not in "CSYX"]
     channels = [i for i in kept if axes[i] in "CS"]
     if axes.count("Y") != 1 or axes.count("X") != 1 or len(piles) > 1 or len(channels) > 1:
         raise BadInput(
-            f"{path} has axes {axes} of {_sizes(array.shape)}; expected one stack axis and one channel axis at most, "
+            f"{path} has axes {axes} of {sizes(array.shape)}; expected one stack axis and one channel axis at most, "
             f"axes can be one of {', '.join(AXES)}"
         )
     order = [*piles, *channels, axes.index("Y"), axes.index("X")]
@@ -149,11 +164,11 @@ def _as_slices(path: Path, array: np.ndarray[Any, Any], axes: str) -> np.ndarray
     return array if piles else array[None]
 
 
-def _sizes(shape: tuple[int, ...]) -> str:
+def sizes(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def _read_picture(path: Path, labels: bool) -> tuple[np.ndarray[Any, Any], str]:
+def read_picture(path: Path, labels: bool) -> tuple[np.ndarray[Any, Any], str]:
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # microscopes make large images
     try:
@@ -163,7 +178,7 @@ def _read_picture(path: Path, labels: bool) -> tuple[np.ndarray[Any, Any], str]:
     except (BadInput, MemoryError):
         raise
     except Exception as error:  # damage takes a reader anywhere: SyntaxError, OverflowError, struct.error, ...
-        raise BadInput(f"{path} cannot be read as an image: {_one_line(error)}") from error
+        raise BadInput(f"{path} cannot be read as an image: {one_line(error)}") from error
     finally:
         Image.MAX_IMAGE_PIXELS = limit
     if array.ndim == 3 and array.shape[2] in (2, 4) and (array[..., -1] == array[..., -1].flat[0]).all():
@@ -187,7 +202,7 @@ def _refuse_deep_colours(path: Path) -> None:
 
 def _read_tiff(path: Path) -> tuple[np.ndarray[Any, Any], str]:
     try:
-        _check_pages(path)
+        check_pages(path)
         with tifffile.TiffFile(path) as tiff:
             if len(tiff.series) != 1:
                 raise BadInput(
@@ -195,10 +210,10 @@ def _read_tiff(path: Path) -> tuple[np.ndarray[Any, Any], str]:
                 )
             series = tiff.series[0]
             for number, page in enumerate(series.pages):
-                _check_bytes(path, number, page, path.stat().st_size)
+                check_bytes(path, number, page, path.stat().st_size)
             array = series.asarray()
             if array.shape != series.shape:
-                raise BadInput(f"{path} announces {_sizes(series.shape)} but holds {_sizes(array.shape)}")
+                raise BadInput(f"{path} announces {sizes(series.shape)} but holds {sizes(array.shape)}")
             return array, series.axes
     except (BadInput, MemoryError):
         raise
@@ -206,15 +221,19 @@ def _read_tiff(path: Path) -> tuple[np.ndarray[Any, Any], str]:
         if "imagecodecs" in str(error):
             hint = "pip install imagecodecs reads it"
             raise BadInput(f"{path} is compressed in a way that needs another library; {hint}") from error
-        raise BadInput(f"{path} cannot be read as TIFF: {_one_line(error)}") from error
+        raise BadInput(f"{path} cannot be read as TIFF: {one_line(error)}") from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _check_pages(path: Path) -> None:
-    """Follow the chain of pages to its end: readers stop at a broken link and call it the last page."""
+def check_pages(path: Path) -> None:
+    """Follow a TIFF's chain of pages to its end: readers stop at a broken link and call it the last page.
+
+    Raises:
+        BadInput: it is no TIFF, or the chain leaves the file.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(16)
@@ -252,7 +271,8 @@ def _next_page(
     return int(following)
 
 
-def _check_bytes(path: Path, number: int, page: Any, size: int) -> None:
+def check_bytes(path: Path, number: int, page: Any, size: int) -> None:
+    """Raise BadInput unless all parts of a TIFF's page lie in a file of `size` bytes."""
     if page is None:
         raise BadInput(f"{path} has no page {number}")
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
@@ -262,10 +282,11 @@ def _check_bytes(path: Path, number: int, page: Any, size: int) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, beside `path`; it takes `path`'s place when the block ends, and is removed if that fails."""
+def replacing(path: Path, within: Path | None = None) -> Iterator[Path]:
+    """A path to write to, beside `path` or in a folder of the same disk; it takes `path`'s place when the block ends,
+    and is removed if that fails."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=within or path.parent)
         os.close(handle)
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror or error}") from error
@@ -279,10 +300,25 @@ def replacing(path: Path) -> Iterator[Path]:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror or f'{error}; is the disk full?'}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Be sure that a new name in a folder outlives a power cut, where the system can do that."""
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(folder)
+    except OSError:
+        pass
+    finally:
+        os.close(folder)
 
 
 def writable_folder(path: Path) -> Path:

@@ -20,11 +20,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import torch
 
-__all__ = ["CONTEXT_BYTES", "Apart", "Measured", "Meter", "give_back", "is_out_of_memory", "roof_tflops"]
+from .errors import BadInput
+from .units import readable
+
+__all__ = [
+    "CONTEXT_BYTES",
+    "Apart",
+    "Measured",
+    "Meter",
+    "Watch",
+    "capped",
+    "give_back",
+    "is_out_of_memory",
+    "roof_tflops",
+]
 
 T = TypeVar("T")
 
@@ -84,7 +97,7 @@ class Meter:
         """
         self.restart()
         seconds: list[float] = []
-        with _Watch(self._before is not None and self.device.type != "cuda") as watch:
+        with Watch(self._before is not None and self.device.type != "cuda") as watch:
             while len(seconds) < calls and sum(seconds) + min(seconds, default=0.0) <= within_s:
                 self._wait()
                 started = time.perf_counter()
@@ -154,16 +167,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-class _Watch:
-    """Looks at this process's anonymous memory every millisecond.
+class Watch:
+    """Looks at this process's anonymous memory again and again, in a thread of its own; tells the most it saw.
 
     The high-water mark is exact, but of anonymous and mapped pages together: where the system takes mapped ones back
-    meanwhile, new anonymous ones hide below it.
+    meanwhile, new anonymous ones hide below it, and where files are read by mapping them, those count.
+
+    Args:
+        wanted: False, or a system that does not tell, and nothing is seen.
+        every_s: seconds between two looks.
     """
 
-    def __init__(self, wanted: bool) -> None:
-        self.greatest, self.wanted, self._done = 0, wanted, threading.Event()
+    def __init__(self, wanted: bool = True, every_s: float = 1e-3) -> None:
+        give_back()
+        self.before = _held()
+        self.greatest, self.every_s, self._done = 0, every_s, threading.Event()
+        self.wanted = wanted and self.before > 0
         self._thread = threading.Thread(target=self._look, daemon=True)
+
+    @property
+    def above(self) -> int:
+        """The most bytes seen, above those held when this was made."""
+        return max(0, self.greatest - self.before)
+
+    def restart(self) -> None:
+        """Forget the most so far, and give back what nobody needs."""
+        give_back()
+        self.greatest = 0
 
     def __enter__(self) -> Self:
         if self.wanted:
@@ -177,10 +207,43 @@ class _Watch:
 
     def _look(self) -> None:
         with _PAGES.open("rb", buffering=0) as file:
-            while not self._done.wait(1e-3):
-                file.seek(0)
-                _, resident, mapped, *_ = file.read().split()
-                self.greatest = max(self.greatest, (int(resident) - int(mapped)) * mmap.PAGESIZE)
+            while not self._done.wait(self.every_s):
+                self.greatest = max(self.greatest, _held(file))
+
+
+def _held(file: BinaryIO | None = None) -> int:
+    """Bytes of anonymous memory now; 0 where the system does not tell."""
+    try:
+        if file is None:
+            with _PAGES.open("rb", buffering=0) as opened:
+                return _held(opened)
+        file.seek(0)
+        _, resident, mapped, *_ = file.read().split()
+        return (int(resident) - int(mapped)) * mmap.PAGESIZE
+    except (OSError, ValueError):
+        return 0
+
+
+@contextmanager
+def capped(device: torch.device, budget_bytes: int | None) -> Iterator[None]:
+    """On a GPU torch's allocator is held to a budget, CUDA's own part taken off, so that it cannot be exceeded.
+
+    Raises:
+        BadInput: the budget is less than what CUDA takes.
+    """
+    if budget_bytes is None or device.type != "cuda":
+        yield
+        return
+    allowed = budget_bytes - CONTEXT_BYTES
+    if allowed <= 0:
+        given = readable(budget_bytes)
+        raise BadInput(f"memory must be above {readable(CONTEXT_BYTES)}, which CUDA itself takes, got {given}")
+    card = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / card), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def _status() -> dict[str, int]:

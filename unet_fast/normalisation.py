@@ -39,20 +39,44 @@ class Normalisation:
 
     def __call__(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Normalise [..., H, W] of any real dtype to float32; NaN stays NaN in that plane only."""
+        if self.kind != "percentile":
+            return self.scaled(image, self.low, self.high)
+        planes = image.reshape(-1, image.shape[-2] * image.shape[-1])
+        limits = np.array([self.limits(plane) for plane in planes], np.float64).reshape(*image.shape[:-2], 2)
+        return self.scaled(image, limits[..., :1, None], limits[..., 1:, None])
+
+    def limits(self, plane: np.ndarray[Any, Any]) -> tuple[float, float]:
+        """The grey values of a plane, flat, that become 0 and 1."""
+        if self.kind != "percentile":
+            return self.low, self.high
+        if plane.dtype.kind == "f" and np.isnan(plane).any():
+            return math.nan, math.nan
+        ranks = self.ranks(len(plane))
+        found = np.partition(plane, ranks)[ranks]
+        return self.between(len(plane), found, plane.min(), plane.max())
+
+    def ranks(self, count: int) -> list[int]:
+        """Places, in ascending order of so many grey values, of the two on either side of each percentile."""
+        places = (math.floor(percentile / 100 * (count - 1)) for percentile in (self.low, self.high))
+        return [min(place + more, count - 1) for place in places for more in (0, 1)]
+
+    def between(self, count: int, found: Any, least: Any, greatest: Any) -> tuple[float, float]:
+        """The limits of so many grey values, by those at `ranks` and their range."""
+        ends = []
+        for percentile, below, above in zip((self.low, self.high), found[::2], found[1::2], strict=True):
+            place = percentile / 100 * (count - 1)
+            ends.append(float(below) + (float(above) - float(below)) * (place - math.floor(place)))
+        # a few bright pixels on a black ground lie beyond the percentiles: the range is all there is
+        return (ends[0], ends[1]) if ends[0] < ends[1] else (float(least), float(greatest))
+
+    def scaled(self, image: np.ndarray[Any, Any], low: Any, high: Any) -> np.ndarray[Any, Any]:
+        """`low` to 0, `high` to 1, clipped; float32."""
         if self.kind == "none":
             return image.astype(np.float32)
-        if self.kind == "range":
-            # whole numbers would wrap around in an unsigned image
-            low, high = np.float64(self.low), np.float64(self.high)
-        else:
-            flat = image.reshape(*image.shape[:-2], -1)
-            low, high = np.percentile(flat, (self.low, self.high), axis=-1)[..., None, None]
-            # a few bright pixels on a black ground lie beyond the percentiles: the range is all there is
-            flat_plane = ~(low < high)
-            low = np.where(flat_plane, flat.min(-1)[..., None, None], low)
-            high = np.where(flat_plane, flat.max(-1)[..., None, None], high)
-        # in float64: a uint16 range of 1 in 60000 must not vanish; a plane of one grey value becomes 0
-        span = np.where(np.asarray(high) > low, np.asarray(high, np.float64) - low, np.inf)
+        # in float64: a uint16 range of 1 in 60000 must not vanish, and whole numbers would wrap around
+        low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
+        # a plane of one grey value becomes 0
+        span = np.where(high > low, high - low, np.where(np.isnan(low), np.nan, np.inf))
         return np.clip((image - low) / span, 0, 1).astype(np.float32)
 
     def as_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from .errors import BadInput
 from .files import SUFFIXES, list_images
 
-__all__ = ["Pairing", "images_in", "labels_in", "pair"]
+__all__ = ["Pairing", "image_folder", "images_in", "labels_in", "pair", "without_labels"]
 
 # longest first, so that `x_cp_masks` is x and not x_cp
 _WORDS = "cp_masks|segmentation|instances|instance|labels|label|masks|mask|annotation|manual|truth|seg|lbl|gt"
@@ -66,8 +66,16 @@ def images_in(path: Path) -> list[Path]:
     Raises:
         BadInput: there is nothing there, or nothing that can be read.
     """
-    inside = _folder_in(path, _IMAGE_FOLDERS)
-    files = list_images(inside or path)
+    return without_labels(list_images(image_folder(path)))
+
+
+def image_folder(path: Path) -> Path:
+    """The folder `images/` (or `raw/`) in one that has no images of its own; otherwise the path itself."""
+    return _folder_in(path, _IMAGE_FOLDERS) or path
+
+
+def without_labels(files: list[Path]) -> list[Path]:
+    """Without those that are named as the labels of another."""
     return [p for p in files if p not in _beside_images(files)]
 
 

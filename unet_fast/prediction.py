@@ -1,100 +1,245 @@
-"""From image files to label files: `predict` for a folder, disk to disk."""
+"""From image files to label files: `predict` for any number of images of any size, disk to disk.
 
+What is finished is on disk within seconds, so that an interruption costs no more than that; results appear whole, under
+their own names, when they are.
+"""
+
+import errno
+import hashlib
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
-from .cells import find_cells
-from .data import check_finite
+from .cells import Cells
 from .errors import BadInput
-from .files import SUFFIXES, Stack, read_stack, writable_folder, write_picture, write_tiff
-from .model import FastUNet
-from .pairs import images_in
+from .files import writable_folder
+from .fitting import Fit, fit, held_to, parameter_of
+from .greys import NAN, Greys
+from .inference import Answer, Inference, evaluating, grouped
+from .journal import FOLDER, Journal, locked
+from .measuring import Watch, is_out_of_memory
+from .pairs import image_folder, without_labels
 from .progress import Progress
-from .tiling import plan_tiles, predict
+from .results import FORMATS, Result, check_format, write_result
+from .seams import Seams, verify_seams
+from .sources import Source, fingerprint, is_zarr, list_sources, open_source
+from .tiling import TTA, Cutter, Tile, TilePlan, plan_tiles
+from .units import bytes_of
 
-__all__ = ["FILE_OUTPUTS", "predict_files"]
+__all__ = ["FILE_OUTPUTS", "FileResult", "Summary", "predict_files"]
 
 FILE_OUTPUTS = ("labels", "instances", "probabilities")
 
+# of file systems that take no more
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# names are 255 bytes at most, and a journal's has a little more than its result's
+_LONGEST_NAME = 200
+
+
+@dataclass(frozen=True, slots=True)
+class FileResult:
+    """What became of one image.
+
+    status: "done", "kept" (finished by an earlier run), or "failed", with the `error`. `pixels` is of the image (rows
+    x columns x slices), `computed` of those that this run computed, in so many `seconds`.
+    """
+
+    image: Path
+    out: Path
+    status: str
+    error: str | None = None
+    pixels: int = 0
+    computed: int = 0
+    seconds: float = 0.0
+    tile_in: tuple[int, int] | None = None
+    tiles: int = 0
+    batch: int = 1
+    seams: Seams | None = None
+
+    @property
+    def mpixel_per_s(self) -> float | None:
+        return self.computed / 1e6 / self.seconds if self.computed and self.seconds else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "image": str(self.image),
+            "out": str(self.out),
+            "seams": asdict(self.seams) if self.seams else None,
+            "mpixel_per_s": self.mpixel_per_s,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What became of all images, in their order."""
+
+    files: tuple[FileResult, ...]
+    output: str
+
+    @property
+    def written(self) -> list[Path]:
+        """The results that are there."""
+        return [file.out for file in self.files if file.status != "failed"]
+
+    @property
+    def failed(self) -> list[FileResult]:
+        return [file for file in self.files if file.status == "failed"]
+
+    @property
+    def seamless(self) -> bool:
+        """No seam was found where one was looked for."""
+        return all(file.seams is None or file.seams.exact for file in self.files)
+
+    @property
+    def mpixel_per_s(self) -> float | None:
+        seconds, computed = sum(file.seconds for file in self.files), sum(file.computed for file in self.files)
+        return computed / 1e6 / seconds if computed and seconds else None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "output": self.output,
+            "written": len(self.written),
+            "failed": len(self.failed),
+            "mpixel_per_s": self.mpixel_per_s,
+            "files": [file.as_dict() for file in self.files],
+        }
+
 
 def predict_files(
-    model: FastUNet,
-    images: Path,
+    model: nn.Module,
+    images: Path | Sequence[Path],
     out: Path,
     *,
     output: str = "labels",
     axes: str | None = None,
     tile_in: int | None = None,
-    memory: str | None = None,
+    memory: str | float | None = None,
+    batch: int | None = None,
+    tta: str = "none",
+    nan: str = "refuse",
     threshold: float | None = None,
     min_pixels: int = 1,
+    suffix: str = ".tif",
+    resume: bool = False,
+    seams: bool = False,
     progress: bool = False,
-) -> list[Path]:
-    """Segment a file, or each image of a folder.
-
-    Every image is read and checked before anything is written, and each result appears whole or not at all.
+) -> Summary:
+    """Segment images of any size, one after the other; a bad one is reported and the rest is done.
 
     Args:
-        model: the net; its normalisation is applied.
-        images: a file or a folder.
-        out: for one image a file (.tif, .png), otherwise a folder, in which results have the images' names and .tif.
+        model: a FastUNet (or any module with its geometry); its normalisation is applied.
+        images: files (TIFF, PNG, JPEG, BMP, NumPy), Zarr folders, or folders of such.
+        out: for one image a file (.tif, .png, .npy, .zarr), otherwise a folder, in which results have the images'
+            names.
         output: "labels", the class of each pixel; "instances", cell ids (`unet_fast.cells.find_cells`);
-            "probabilities", float32 [K, H, W] or [Z, K, H, W].
-        axes: of the image files, where they do not say.
-        tile_in, memory: side of a tile, or a budget for it; see `unet_fast.plan_tiles`.
+            "probabilities", [K, H, W] or [Z, K, H, W]: float32 in a TIFF, float16 in NumPy and Zarr.
+        axes: of the images, where they do not say.
+        tile_in, memory, batch, tta, nan: see `unet_fast.predict`. A budget covers, on a CPU, all of the process's
+            memory above what it held after its imports, the model included.
         threshold: probability above which a pixel is a cell, for labels and instances of two classes.
         min_pixels: smaller cells are dropped; for instances only.
+        suffix: format of results in a folder.
+        resume: go on with what an interrupted run has finished, and keep results that it finished altogether.
+        seams: compare tiles with such that lie across their seams, at a few places of each image.
         progress: show progress on stderr.
 
-    Returns:
-        the files written, in the images' order.
-
     Raises:
-        BadInput: an image cannot be read, has other channels than the model, NaN pixels; a tile that does not fit; a
-            place that cannot be written, or is the images' own.
+        BadInput: the only image cannot be read, has other channels than the model, NaN pixels; a tile that does not
+            fit; a place that cannot be written, is the images' own, or is written to by another process; a full disk.
+        MemoryError: not even the smallest tile of the only image has room.
     """
-    if output not in FILE_OUTPUTS:
-        raise BadInput(f"output must be one of {', '.join(FILE_OUTPUTS)}, got {output!r}")
-    if threshold is not None and not (0 <= threshold <= 1 and output != "probabilities" and model.out_channels == 2):
+    _check(model, output, threshold, tta, nan, suffix)
+    paths = [images] if isinstance(images, Path) else list(images)
+    sources = without_labels(list_sources([image_folder(path) for path in paths]))
+    targets = _targets(paths, sources, out, output, suffix)
+    settings = _Settings(
+        model, output, axes, tile_in, memory, batch, tta, nan, threshold, min_pixels, resume, seams, progress
+    )
+    settings.check_tile()
+    folder, alone = targets[0].parent, len(sources) == 1
+    new = not folder.exists()
+    writable_folder(folder)
+    try:
+        return _all(settings, sources, targets, alone)
+    finally:
+        if new:
+            # nothing was written
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _all(settings: "_Settings", sources: Sequence[Path], targets: Sequence[Path], alone: bool) -> Summary:
+    files: list[FileResult] = []
+    with (
+        locked(targets[0].parent / FOLDER / "lock", shared=alone),
+        evaluating(settings.model),
+        Progress("predict", 1 if alone else len(sources), shown=settings.progress) as bar,
+    ):
+        for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
+            shown = _Shown(bar, source.name, alone, number)
+            try:
+                files.append(_File(settings, source, target, shown).result())
+            except (BadInput, MemoryError, RuntimeError) as error:
+                if alone or not (isinstance(error, BadInput) or is_out_of_memory(error)):
+                    raise
+                said = " ".join(str(error).split()) or "out of memory"
+                _to_stderr(f"error: {said}")
+                files.append(FileResult(source, target, "failed", said))
+            except OSError as error:
+                if alone or error.errno in _FULL:
+                    raise
+                _to_stderr(f"error: {error}")
+                files.append(FileResult(source, target, "failed", str(error)))
+            shown.done()
+        summary = Summary(tuple(files), settings.output)
+        if not summary.failed:
+            for target in targets:
+                shutil.rmtree(_place(target), ignore_errors=True)
+    return summary
+
+
+def _check(model: nn.Module, output: str, threshold: float | None, tta: str, nan: str, suffix: str) -> None:
+    for name, given, choices in (
+        ("output", output, FILE_OUTPUTS),
+        ("tta", tta, TTA),
+        ("nan", nan, NAN),
+        ("suffix", suffix, FORMATS),
+    ):
+        if given not in choices:
+            raise BadInput(f"{name} must be one of {', '.join(choices)}, got {given!r}")
+    two = int(getattr(model, "out_channels", 2)) == 2
+    if threshold is not None and not (0 <= threshold <= 1 and output != "probabilities" and two):
         raise BadInput(f"threshold must lie between 0 and 1, for cells of two classes, got {threshold:g} for {output}")
-    sources = images_in(images)
-    targets = _targets(images, sources, out, output)
-    slices = 0
-    for source, target in zip(sources, targets, strict=True):
-        stack = _readable(source, model, axes)
-        if stack.is_stack and target.suffix.lower() == ".png":
-            raise BadInput(f"{target} cannot hold a stack; use .tif")
-        plan_tiles(stack.pixels.shape, tile_in=tile_in, memory=memory, model=model)
-        slices += len(stack.pixels)
-    for folder in {target.parent for target in targets}:
-        writable_folder(folder)
-    cut = {"tile_in": tile_in, "memory": memory}
-    with Progress("predict", slices, shown=progress) as bar:
-        for source, target in zip(sources, targets, strict=True):
-            stack = read_stack(source, axes=axes)
-            _write(target, _segment(model, stack, output, cut, threshold, min_pixels, bar), stack.is_stack)
-    return targets
 
 
-def _targets(images: Path, sources: list[Path], out: Path, output: str) -> list[Path]:
-    if images.is_file() and out.suffix.lower() in SUFFIXES:
-        if out.suffix.lower() not in (".tif", ".tiff", ".png"):
-            raise BadInput(f"{out} must end in .tif or .png: {out.suffix} changes the values it stores")
-        if out.suffix.lower() == ".png" and output == "probabilities":
-            raise BadInput(f"{out} cannot hold probabilities; use .tif")
+def _targets(paths: Sequence[Path], sources: Sequence[Path], out: Path, output: str, suffix: str) -> list[Path]:
+    one_file = len(paths) == 1 and (paths[0].is_file() or is_zarr(paths[0]))
+    if one_file and out.suffix and not (out.is_dir() and not is_zarr(out)):
+        check_format(out, output)
         targets = [out]
     else:
-        if out.suffix.lower() in SUFFIXES:
-            raise BadInput(f"{out} must be a folder, for the {len(sources)} images of {images}")
+        if out.suffix.lower() in FORMATS:
+            raise BadInput(f"{out} must be a folder, for the {len(sources)} images of {paths[0]}")
         if out.exists() and any(out.samefile(source.parent) for source in sources):
             raise BadInput(f"{out} is the folder of the images; choose another place for the results")
-        targets = [out / f"{source.stem}.tif" for source in sources]
+        targets = [out / f"{_stem(source)}{suffix}" for source in sources]
+        check_format(targets[0], output)
     by_target: dict[Path, Path] = {}
     for source, target in zip(sources, targets, strict=True):
-        if target.is_dir():
+        if target.suffix.lower() != ".zarr" and target.is_dir():
             raise BadInput(f"{target} must be a file, a folder is in its place")
+        if target.suffix.lower() == ".zarr" and target.exists() and not is_zarr(target):
+            raise BadInput(f"{target} exists and is no Zarr; choose another place for the results")
         if target in by_target:
             raise BadInput(f"{by_target[target].name} and {source.name} would both be written to {target}")
         if target.exists() and any(target.samefile(s) for s in sources):
@@ -103,38 +248,303 @@ def _targets(images: Path, sources: list[Path], out: Path, output: str) -> list[
     return targets
 
 
-def _readable(source: Path, model: FastUNet, axes: str | None) -> Stack:
-    stack = read_stack(source, axes=axes)
-    check_finite(stack)
-    channels = stack.pixels.shape[1]
-    if channels != model.in_channels:
-        raise BadInput(f"{source} has {channels} channel(s), the model was trained on {model.in_channels}")
-    return stack
+def _stem(path: Path) -> str:
+    """A name without its suffix, and without the .ome that goes before one: a result is no OME file."""
+    return path.stem[:-4] if path.stem.lower().endswith(".ome") and len(path.stem) > 4 else path.stem
 
 
-def _segment(
-    model: FastUNet,
-    stack: Stack,
-    output: str,
-    cut: dict[str, Any],
-    threshold: float | None,
-    min_pixels: int,
-    bar: Progress,
-) -> np.ndarray[Any, Any]:
-    wanted, slices = "probabilities" if output == "probabilities" else "labels", []
-    for name, plane in zip(stack.names, stack.pixels, strict=True):
-        slices.append(predict(model, plane, axes="CYX", output=wanted, threshold=threshold, **cut))
-        bar.advance(name)
-    result: np.ndarray[Any, Any] = np.stack(slices)
-    if output == "instances":
-        cells = find_cells(result, min_pixels=min_pixels)
-        result = cells.astype(np.uint16 if cells.max() < 2**16 else np.uint32)
-    return result
+def _place(target: Path) -> Path:
+    """The folder of a result's journal."""
+    name = target.name
+    if len(name.encode()) > _LONGEST_NAME:
+        name = f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return target.parent / FOLDER / name
 
 
-def _write(target: Path, result: np.ndarray[Any, Any], is_stack: bool) -> None:
-    if target.suffix.lower() == ".png":
-        write_picture(target, result[0])
-    else:
-        axes = "ZCYX" if result.ndim == 4 else "ZYX"
-        write_tiff(target, result if is_stack else result[0], axes if is_stack else axes[1:])
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What is the same for all images."""
+
+    model: nn.Module
+    output: str
+    axes: str | None
+    tile_in: int | None
+    memory: str | float | None
+    batch: int | None
+    tta: str
+    nan: str
+    threshold: float | None
+    min_pixels: int
+    resume: bool
+    seams: bool
+    progress: bool
+
+    @property
+    def weights(self) -> int:
+        """Bytes of a CPU's model, which a budget covers."""
+        return sum(p.nbytes for p in self.model.parameters() if p.device.type == "cpu")
+
+    @property
+    def budget(self) -> int | None:
+        return None if self.memory is None else bytes_of(self.memory)
+
+    def check_tile(self) -> None:
+        """Raise BadInput for a tile or a budget that suits no image at all, before anything is written."""
+        Cutter.of(self.model, self.tta)
+        if self.tile_in is not None:
+            Cutter.of(self.model, self.tta).check(self.tile_in)
+        if self.tile_in is not None and self.memory is not None:
+            raise BadInput("memory chooses the tile; give one of memory and tile_in")
+        with held_to(self.memory, parameter_of(self.model).device):
+            pass
+
+    def about(self, source: Path) -> dict[str, Any]:
+        """What decides each bit of a result, but for the tiles: those are in the journal's plans."""
+        return {
+            "image": fingerprint(source),
+            "model": _digest(self.model),
+            "output": "probabilities" if self.output == "probabilities" else "labels",
+            "axes": self.axes,
+            "tta": self.tta,
+            "nan": self.nan,
+            "threshold": self.threshold,
+        }
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256(repr(getattr(model, "settings", type(model).__name__)).encode())
+    digest.update(repr(getattr(model, "normalisation", None)).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class _Shown:
+    """Progress of one image among others: tiles where it is the only one, otherwise images."""
+
+    def __init__(self, bar: Progress, name: str, alone: bool, number: int) -> None:
+        self.bar, self.name, self.alone, self.number = bar, name, alone, number
+        self.pixels, self.tiles, self.of, self.began = 0, 0, 0, time.monotonic()
+
+    def begin(self, tiles: int, finished: int) -> None:
+        self.of, self.tiles, self.began = tiles, finished, time.monotonic()
+        if self.alone:
+            self.bar.restart(tiles, finished)
+
+    def advance(self, group: Sequence[Tile], now: int) -> None:
+        """`now`: how many tiles there are in all, where they became smaller."""
+        self.tiles, self.of = self.tiles + len(group), now
+        self.pixels += sum(tile.rows * tile.columns for tile in group)
+        rate = self.pixels / 1e6 / max(1e-9, time.monotonic() - self.began)
+        message = f"{rate:.3g} Mpixel/s"
+        if self.alone:
+            self.bar.total = now
+            self.bar.advance(message, by=len(group))
+        else:
+            self.bar.advance(f"{self.name} {self.tiles}/{self.of} tiles, {message}", by=0)
+
+    def done(self) -> None:
+        if not self.alone:
+            self.bar.advance(self.name)
+
+
+@dataclass(slots=True)
+class _File:
+    """One image and its result."""
+
+    settings: _Settings
+    source: Path
+    target: Path
+    shown: _Shown
+
+    def result(self) -> FileResult:
+        settings, place = self.settings, _place(self.target)
+        device = parameter_of(settings.model).device
+        # another run may write another result of the same folder, but not this one
+        with (
+            locked(place.with_name(f"{place.name}.lock")),
+            held_to(settings.memory, device, beside=settings.weights) as (watch, budget),
+        ):
+            with closing(open_source(self.source, axes=settings.axes, memory=settings.budget)) as image:
+                channels = int(getattr(settings.model, "in_channels", 1))
+                if image.shape[1] != channels:
+                    has = f"{self.source} has {image.shape[1]} channel(s)"
+                    raise BadInput(f"{has}, the model was trained on {channels}")
+                check_format(self.target, settings.output, image.is_stack)
+                return self._journalled(place, image, watch, budget)
+
+    def _journalled(self, place: Path, image: Source, watch: Watch | None, budget: int) -> FileResult:
+        settings = self.settings
+        classes = int(getattr(settings.model, "out_channels", 2))
+        answer = _answer(settings, self.target)
+        shape = answer.shape(classes, *image.shape[2:])
+        if not settings.resume and (place / "journal").exists():
+            _to_stderr(
+                f"note: {self.target.name} was begun before; begun anew (--resume goes on with what is finished)"
+            )
+        journal = Journal(place, settings.about(self.source), shape, answer.dtype, resume=settings.resume)
+        try:
+            pixels = image.shape[0] * image.shape[2] * image.shape[3]
+            if self._is_kept(journal):
+                return FileResult(self.source, self.target, "kept", pixels=pixels)
+            started = time.monotonic()
+            greys = Greys(image, getattr(settings.model, "normalisation", None), nan=settings.nan)
+            chosen, computed = self._compute(journal, image, greys, answer, watch, budget)
+            self._write(journal, image, classes, answer)
+            seconds = time.monotonic() - started
+            found = None
+            if settings.seams:
+                found = verify_seams(settings.model, greys, chosen.plan, tta=settings.tta)
+            journal.finish(result=fingerprint(self.target), output=settings.output, min_pixels=settings.min_pixels)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            finished = f"{len(journal.done)} finished tiles are kept; free some and go on with --resume"
+            raise BadInput(f"{self.target} cannot be written: {error.strerror}; {finished}") from error
+        except KeyboardInterrupt:
+            self._kept(journal)
+            raise
+        finally:
+            journal.close()
+            if not journal.done:
+                shutil.rmtree(place, ignore_errors=True)
+        plan = chosen.plan
+        return FileResult(
+            self.source, self.target, "done", None, pixels, computed, seconds,
+            plan.tile_in, image.shape[0] * len(plan), chosen.batch, found,
+        )  # fmt: skip
+
+    def _is_kept(self, journal: Journal) -> bool:
+        """Whether an earlier run has finished this result, and it is still there as it was."""
+        finished = journal.finished
+        if finished is None:
+            return False
+        same = finished["output"] == self.settings.output and finished["min_pixels"] == self.settings.min_pixels
+        if same and self.target.exists() and fingerprint(self.target) == finished["result"]:
+            return True
+        # its tiles are gone
+        journal.restart()
+        return False
+
+    def _kept(self, journal: Journal) -> None:
+        journal.sync()
+        _to_stderr(f"{len(journal.done)} finished tiles of {self.target.name} are kept; --resume goes on with them")
+
+    def _compute(
+        self, journal: Journal, image: Source, greys: Greys, answer: Answer, watch: Watch | None, budget: int
+    ) -> tuple[Fit, int]:
+        """All tiles that are not finished yet; what they were cut by, and how many pixels were computed."""
+        settings = self.settings
+        channels_out = answer.shape(int(getattr(settings.model, "out_channels", 2)), 1, 1)
+        chosen = fit(
+            settings.model,
+            image,
+            tile_in=settings.tile_in,
+            memory=settings.memory,
+            batch=settings.batch,
+            tta=settings.tta,
+            bytes_out=answer.dtype.itemsize * int(np.prod(channels_out)),
+            beside=settings.weights,
+        )
+        self._agree(journal, chosen)
+        chosen, groups, tiles = self._left(journal, image)
+        left = sum(map(len, groups))
+        total = {"tiles": tiles}
+        self.shown.begin(tiles, tiles - left)
+        computed = sum(tile.rows * tile.columns for group in groups for tile in group)
+
+        def take(group: Sequence[Tile], results: list[np.ndarray[Any, Any]]) -> None:
+            journal.add(group, results)
+            self.shown.advance(group, total["tiles"])
+
+        def changed(tile_in: tuple[int, int], batch: int) -> None:
+            journal.plan(tile_in=tile_in, batch=batch)
+            total["tiles"] = self._left(journal, image)[2]
+
+        work = Inference(settings.model, greys, answer, settings.tta, watch, budget, say=_note, changed=changed)
+        try:
+            work.run(groups, chosen.plan.tile_in, take)
+        except BaseException:
+            # what is finished is kept, if the disk takes it
+            with suppress(OSError):
+                journal.sync()
+            raise
+        journal.sync()
+        return self._left(journal, image)[0], computed
+
+    def _left(self, journal: Journal, image: Source) -> tuple[Fit, list[list[Tile]], int]:
+        """(the plan that holds now, groups that are not finished, tiles in all) by the plans of the journal."""
+        settings = self.settings
+        cutter, shape = Cutter.of(settings.model, settings.tta), image.shape
+        first, _ = journal.plans[0]
+        todo = list(self._plan(first, shape).tiles(shape[0]))
+        # tiles that an earlier plan has finished; of these, the damaged ones
+        before, again, now = 0, [], first
+        for now, finished in journal.plans[1:]:
+            again += [tile for tile in todo if tile in finished and tile in journal.lost]
+            before += sum(tile in finished for tile in todo)
+            todo = [p for tile in todo if tile not in finished for p in cutter.split(tile, tuple(now["tile_in"]))]
+        todo += [part for tile in again for part in cutter.split(tile, tuple(now["tile_in"]))]
+        left = [g for g in grouped(todo, now["batch"]) if not all(tile in journal.done for tile in g)]
+        return Fit(self._plan(now, shape), now["batch"]), left, before - len(again) + len(todo)
+
+    def _plan(self, plan: dict[str, Any], shape: Sequence[int]) -> TilePlan:
+        return plan_tiles(shape, tile_in=plan["tile_in"], model=self.settings.model, tta=self.settings.tta)
+
+    def _agree(self, journal: Journal, chosen: Fit) -> None:
+        """The plan of the journal holds, but where less is asked for now."""
+        side, batch = chosen.plan.tile_in, chosen.batch
+        if journal.plans:
+            last = journal.plans[-1][0]
+            if self.settings.tile_in is None and self.settings.memory is None:
+                return
+            side, batch = tuple(map(min, side, last["tile_in"])), min(batch, last["batch"])
+            if (side, batch) == (tuple(last["tile_in"]), last["batch"]):
+                return
+        journal.plan(tile_in=side, batch=batch)
+
+    def _write(self, journal: Journal, image: Source, classes: int, answer: Answer) -> None:
+        """The result, from its tiles."""
+        settings = self.settings
+        depth, _, height, width = image.shape
+        labels = answer.output == "labels"
+
+        def rows(z: int, plane: int, first: int, stop: int) -> np.ndarray[Any, Any]:
+            return journal.rows(z, plane, first, stop, width)
+
+        shape = (depth, 1 if labels else classes, height, width)
+        result = Result(shape, answer.dtype, rows, image.is_stack, not labels, float(classes - 1 if labels else 1))
+        if settings.output == "instances":
+            cells = [_cells(result, z, settings.min_pixels) for z in range(depth)]
+            most = max(each.count for each in cells)
+            dtype = np.dtype(np.uint16 if most < 2**16 else np.uint32)
+
+            def ids(z: int, plane: int, first: int, stop: int) -> np.ndarray[Any, Any]:  # noqa: ARG001 (one plane)
+                return cells[z].rows(first, stop).astype(dtype)
+
+            result = replace(result, dtype=dtype, rows=ids, top=float(most))
+        write_result(self.target, result, journal.place)
+
+
+def _cells(result: Result, z: int, min_pixels: int) -> Cells:
+    _, _, height, width = result.shape
+    return Cells(lambda first, stop: result.rows(z, 0, first, stop), height, width, min_pixels=min_pixels)
+
+
+def _answer(settings: _Settings, target: Path) -> Answer:
+    output = "probabilities" if settings.output == "probabilities" else "labels"
+    answer = Answer.of(settings.model, output, settings.threshold, settings.tta)
+    if output == "labels":
+        return answer
+    # not every reader of TIFFs knows numbers of 16 bits
+    small = target.suffix.lower() in (".npy", ".zarr")
+    return replace(answer, dtype=np.dtype(np.float16 if small else np.float32))
+
+
+def _note(sentence: str) -> None:
+    _to_stderr(f"note: {sentence}")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201

@@ -40,11 +40,17 @@ class Progress:
         elif self.shown and kind is None:
             self._line("done")
 
+    def restart(self, total: int, done: int = 0) -> None:
+        """It is so many now, of which some are done."""
+        self.total, self.done, self._first, self._start = total, done, done, time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._task, total=total, completed=done)
+
     def advance(self, message: str = "", by: int = 1) -> None:
         """One more, and what there is to say about it."""
         self.done += by
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, message=message)
+            self._bar.update(self._task, total=self.total, completed=self.done, message=message)
         elif self.shown and time.monotonic() - self._spoke >= _SECONDS_BETWEEN_LINES:
             self._line(message)
 

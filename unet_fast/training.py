@@ -15,8 +15,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -41,7 +40,7 @@ from .errors import BadInput
 from .figures import draw_curves
 from .files import replacing, writable_folder
 from .loss import BorderWeightedCrossEntropy
-from .measuring import CONTEXT_BYTES, Apart, Measured, Meter, give_back, is_out_of_memory
+from .measuring import Apart, Measured, Meter, capped, give_back, is_out_of_memory
 from .memory import largest_tile
 from .model import FastUNet
 from .normalisation import Normalisation
@@ -120,7 +119,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         _refuse_other_run(config.out)
     config = config.with_(images=config.images.absolute(), labels=config.labels.absolute())
     choice = None
-    with _capped(config, device):
+    with capped(device, None if config.memory is None else bytes_of(config.memory)):
         if config.memory is not None:
             config, choice = _inside_budget(config, device, _to_stderr if progress else _to_nobody)
         task = _prepare(config, device)
@@ -217,23 +216,6 @@ def _prepare(config: TrainConfig, device: torch.device) -> _Task:
         validation=Validation(held_out, loss),
         device=device,
     )
-
-
-@contextmanager
-def _capped(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """On a GPU torch's allocator is held to the budget, so that it cannot be exceeded."""
-    if config.memory is None or device.type != "cuda":
-        yield
-        return
-    card = torch.cuda.get_device_properties(device).total_memory
-    allowed = bytes_of(config.memory) - CONTEXT_BYTES
-    if allowed <= 0:
-        raise BadInput(f"memory must be above {readable(CONTEXT_BYTES)}, which CUDA itself takes, got {config.memory}")
-    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / card), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def _inside_budget(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> tuple[TrainConfig, Choice]:

@@ -9,9 +9,10 @@ import unet_kernels
 from . import geometry, metrics
 from .cells import find_cells
 from .data import Example
+from .inference import predict
 from .loss import BorderWeightedCrossEntropy
 from .model import FastUNet
-from .tiling import covering_tile, plan_tiles, predict
+from .tiling import covering_tile, plan_tiles
 
 __all__ = ["Validation"]
 

@@ -280,7 +280,7 @@ def test_a_changed_byte_in_a_deflated_tiff_is_seen(tmp_path: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 255
     path.write_bytes(damaged)
-    with pytest.raises(BadInput, match=r"x\.tif cannot be read as TIFF: .*decompressing"):
+    with pytest.raises(BadInput, match=r"x\.tif cannot be read as TIFF: .*(decompressing|BAD_DATA)"):
         read_stack(path)
 
 

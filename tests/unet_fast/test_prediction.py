@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_gives_a_tiff_for_each_image_in_natural_order(model: FastUNet, folder: Path, tmp_path: Path) -> None:
-    written = predict_files(model, folder, tmp_path / "new" / "out")
+    written = predict_files(model, folder, tmp_path / "new" / "out").written
     assert [p.name for p in written] == ["one.tif", "t2.tif", "t10.tif"]
     assert sorted((tmp_path / "new" / "out").iterdir()) == sorted(written)
     shapes = [read_stack(p).pixels.shape for p in written]
@@ -58,8 +58,8 @@ def test_a_folder_gives_a_tiff_for_each_image_in_natural_order(model: FastUNet, 
 
 
 def test_a_budget_cuts_tiles_and_changes_nothing(model: FastUNet, folder: Path, tmp_path: Path) -> None:
-    whole = predict_files(model, folder, tmp_path / "whole", output="probabilities")
-    inside = predict_files(model, folder, tmp_path / "inside", output="probabilities", memory="40kB")
+    whole = predict_files(model, folder, tmp_path / "whole", output="probabilities").written
+    inside = predict_files(model, folder, tmp_path / "inside", output="probabilities", tile_in=20).written
     for one, other in zip(whole, inside, strict=True):
         np.testing.assert_allclose(read_stack(one).pixels, read_stack(other).pixels, rtol=0, atol=1e-5)
     for memory, sentence in (("6 apples", "memory must be a size such as 6GB"), ("1kB", "a budget must be at least")):
@@ -71,18 +71,18 @@ def test_a_budget_cuts_tiles_and_changes_nothing(model: FastUNet, folder: Path, 
 @pytest.mark.parametrize("suffix", [".tif", ".tiff", ".png", ".TIF"])
 def test_one_image_gives_the_file_that_was_named(suffix: str, model: FastUNet, folder: Path, tmp_path: Path) -> None:
     target = tmp_path / f"result{suffix}"
-    assert predict_files(model, folder / "t10.tif", target) == [target]
+    assert predict_files(model, folder / "t10.tif", target).written == [target]
     assert np.array_equal(read_stack(target, labels=True).pixels[0, 0], predict(model, grey(30, 41, seed=1)))
 
 
 def test_tiles_change_nothing(model: FastUNet, folder: Path, tmp_path: Path) -> None:
     for tile in (None, 20, 36):
-        [written] = predict_files(model, folder / "t10.tif", tmp_path / f"{tile}", tile_in=tile)
+        [written] = predict_files(model, folder / "t10.tif", tmp_path / f"{tile}", tile_in=tile).written
         assert np.array_equal(read_stack(written).pixels[0, 0], predict(model, grey(30, 41, seed=1)))
 
 
 def test_instances_are_the_cells_of_the_labels(model: FastUNet, folder: Path, tmp_path: Path) -> None:
-    [written] = predict_files(model, folder / "t10.tif", tmp_path, output="instances", min_pixels=4)
+    [written] = predict_files(model, folder / "t10.tif", tmp_path, output="instances", min_pixels=4).written
     found = read_stack(written).pixels
     assert found.dtype == np.uint16
     want = find_cells(predict(model, grey(30, 41, seed=1)), min_pixels=4)
@@ -94,7 +94,7 @@ def test_instances_are_the_cells_of_the_labels(model: FastUNet, folder: Path, tm
 def test_probabilities_add_up_to_one(
     name: str, shape: tuple[int, ...], model: FastUNet, folder: Path, tmp_path: Path
 ) -> None:
-    [written] = predict_files(model, folder / f"{name}.tif", tmp_path, output="probabilities")
+    [written] = predict_files(model, folder / f"{name}.tif", tmp_path, output="probabilities").written
     found = read_stack(written).pixels
     assert (found.shape, found.dtype) == (shape, np.float32)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-6)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import unet_fast
 from tests.proof.properties import given, settings, st
-from unet_fast import FastUNet, Normalisation, geometry, plan_tiles, predict, tiling
+from unet_fast import FastUNet, Normalisation, geometry, inference, plan_tiles, predict, tiling
 from unet_fast.memory import estimate, largest_tile
 from unet_fast.units import bytes_of
 
@@ -401,7 +401,7 @@ AXES_OF = {
 
 
 @pytest.mark.parametrize(("axes", "channels"), AXES_OF, ids=str)
-@pytest.mark.parametrize("output", tiling.OUTPUTS)
+@pytest.mark.parametrize("output", inference.OUTPUTS)
 def test_every_order_of_axes_says_what_its_planes_say(axes: str | None, channels: int, output: str) -> None:
     shape, labels = AXES_OF[axes, channels]
     model, image = net(1, channels, classes=3), picture(*shape)
@@ -497,7 +497,7 @@ class Disk:
         self.values[where] = what
 
 
-@pytest.mark.parametrize("output", tiling.OUTPUTS)
+@pytest.mark.parametrize("output", inference.OUTPUTS)
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("kind", ["numpy", "torch", "disk", "a view"])
 def test_what_is_given_to_write_into_is_written_into_and_returned(kind: str, as_tensor: bool, output: str) -> None:
