@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import geometry, memory, metrics
     from .augment import ElasticWarp
+    from .compat import SameSize, sliding_window_inference
     from .config import TrainConfig
     from .data import class_balance
     from .inference import predict
@@ -25,6 +26,7 @@ __all__ = [
     "ElasticWarp",
     "FastUNet",
     "Normalisation",
+    "SameSize",
     "TrainConfig",
     "__version__",
     "class_balance",
@@ -35,6 +37,7 @@ __all__ = [
     "plan_tiles",
     "predict",
     "save",
+    "sliding_window_inference",
     "train",
 ]
 
@@ -45,12 +48,14 @@ _HOMES = {
     "ElasticWarp": "augment",
     "FastUNet": "model",
     "Normalisation": "normalisation",
+    "SameSize": "compat",
     "TrainConfig": "config",
     "class_balance": "data",
     "load": "storage",
     "plan_tiles": "tiling",
     "predict": "inference",
     "save": "storage",
+    "sliding_window_inference": "compat",
     "train": "training",
 }
 _MODULES = ("geometry", "memory", "metrics")

@@ -108,12 +108,12 @@ class Cells:
 
 def _pieces(values: Array) -> tuple[Array, Array]:
     """(4-connected components of each class, numbered from 1 on; the class of each)."""
-    found, kinds = np.zeros(values.shape, np.int32), []
+    found, kinds = np.zeros(values.shape, np.int32), np.zeros(0, np.int64)
     for kind in np.unique(values[values > 0]):
         here, more = ndimage.label(values == kind)
-        found[here > 0] = here[here > 0] + sum(map(len, kinds))
-        kinds.append(np.full(more, kind, np.int64))
-    return found, np.concatenate(kinds) if kinds else np.zeros(0, np.int64)
+        found[here > 0] = here[here > 0] + len(kinds)
+        kinds = np.concatenate([kinds, np.full(more, kind, np.int64)])
+    return found, kinds
 
 
 def _numbered(classes: Array, sizes: Array, pairs: list[Array], min_pixels: int) -> Array:

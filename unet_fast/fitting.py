@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,9 +72,7 @@ def held_to(memory: str | float | None, device: torch.device, *, beside: int = 0
 
 def parameter_of(model: nn.Module) -> Tensor:
     """The first parameter or buffer, which says device and dtype; of a model without any, a CPU's float32."""
-    first = next(model.parameters(), None)
-    first = next(model.buffers(), None) if first is None else first
-    return torch.empty(0) if first is None else first
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0))
 
 
 def fit(

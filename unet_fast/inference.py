@@ -141,10 +141,10 @@ class Inference:
             if batch > 1:
                 batch //= 2
             else:
-                smaller = tuple(min(side, self.cutter.legal(_SMALLER * side)) for side in tile_in)
-                if smaller == tile_in:
+                rows, columns = (min(side, self.cutter.legal(_SMALLER * side)) for side in tile_in)
+                if (rows, columns) == tile_in:
                     raise MemoryError(f"{why}; tiles of {tile_in[0]} x {tile_in[1]} are the smallest there are")
-                tile_in = smaller
+                tile_in = rows, columns
                 left = [part for tile in left for part in self.cutter.split(tile, tile_in)]
             if not told:
                 now = f"tiles of {tile_in[0]} x {tile_in[1]}" + (f", {batch} at a time" if batch > 1 else "")

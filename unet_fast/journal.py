@@ -112,7 +112,7 @@ class Journal:
         for tile, result in zip(tiles, results, strict=True):
             planes = result.reshape(self.planes, tile.rows, tile.columns)
             strips = [
-                zlib.compress(np.ascontiguousarray(plane[first : first + _STRIP]), _LEVEL)
+                zlib.compress(plane[first : first + _STRIP].tobytes(), _LEVEL)
                 for plane in planes
                 for first in range(0, tile.rows, _STRIP)
             ]

@@ -365,14 +365,13 @@ class _File:
         with (
             locked(place.with_name(f"{place.name}.lock")),
             held_to(settings.memory, device, beside=settings.weights) as (watch, budget),
+            closing(open_source(self.source, axes=settings.axes, memory=settings.budget)) as image,
         ):
-            with closing(open_source(self.source, axes=settings.axes, memory=settings.budget)) as image:
-                channels = int(getattr(settings.model, "in_channels", 1))
-                if image.shape[1] != channels:
-                    has = f"{self.source} has {image.shape[1]} channel(s)"
-                    raise BadInput(f"{has}, the model was trained on {channels}")
-                check_format(self.target, settings.output, image.is_stack)
-                return self._journalled(place, image, watch, budget)
+            channels = int(getattr(settings.model, "in_channels", 1))
+            if image.shape[1] != channels:
+                raise BadInput(f"{self.source} has {image.shape[1]} channel(s), the model was trained on {channels}")
+            check_format(self.target, settings.output, image.is_stack)
+            return self._journalled(place, image, watch, budget)
 
     def _journalled(self, place: Path, image: Source, watch: Watch | None, budget: int) -> FileResult:
         settings = self.settings

@@ -171,6 +171,7 @@ def _write_numpy(path: Path, result: Result) -> None:
 
 def _write_zarr(path: Path, result: Result, within: Path) -> None:
     import zarr
+    from zarr.codecs import ZstdCodec
 
     temporary, old = within / "whole.zarr", within / "old.zarr"
     for leftover in (temporary, old):
@@ -183,7 +184,7 @@ def _write_zarr(path: Path, result: Result, within: Path) -> None:
             chunks = (1,) * (len(shape) - 2) + tuple(min(_ZARR_CHUNK, n) for n in shape[-2:])
             level = group.create_array(
                 str(number), shape=shape, dtype=result.dtype, chunks=chunks, dimension_names=list(result.axes.lower()),
-                compressors=zarr.codecs.ZstdCodec(level=3, checksum=True),
+                compressors=ZstdCodec(level=3, checksum=True),
             )  # fmt: skip
             _fill(level, result, previous)
             previous = level

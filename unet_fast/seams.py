@@ -1,7 +1,7 @@
 """Whether tiles join without seams: on the user's own model and image, against tiles that lie across the seams."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -60,7 +60,8 @@ def verify_seams(
         seed: which ones.
     """
     cutter = Cutter.of(model, tta)
-    corners = list(product(*(range(1, n) if n > 1 else (0,) for n in plan.grid)))
+    down, right = (range(1, n) if n > 1 else (0,) for n in plan.grid)
+    corners = list(product(down, right))
     corners = [] if plan.grid == (1, 1) else corners
     every = len(corners) * greys.shape[0]
     chosen = np.random.default_rng(seed).permutation(every)[:places]
@@ -73,9 +74,9 @@ def verify_seams(
             sides = cutter.smallest(across.rows), cutter.smallest(across.columns)
             sides = (max(sides),) * 2 if tta == "rot7" else sides
             [one] = _computed(model, greys, answer, tta, [across], sides)
-            meeting = [tile for tile in plan.tiles(z + 1) if tile.z == z and _overlap(tile, across)]
+            meeting = [replace(tile, z=z) for tile in plan.tiles() if _overlap(tile, across)]
             for tile, found in zip(meeting, _computed(model, greys, answer, tta, meeting, plan.tile_in), strict=True):
-                rows, columns = _overlap(tile, across)
+                rows, columns = _overlap(tile, across) or (slice(0), slice(0))
                 a = found[:, rows.start - tile.row : rows.stop - tile.row]
                 a = a[:, :, columns.start - tile.column : columns.stop - tile.column]
                 b = one[:, rows.start - across.row : rows.stop - across.row]
@@ -102,10 +103,10 @@ def _across(plan: TilePlan, cutter: Cutter, z: int, corner: tuple[int, int]) -> 
     return Tile(z, row, column, rows, columns)
 
 
-def _overlap(a: Tile, b: Tile) -> tuple[slice, slice] | tuple[()]:
+def _overlap(a: Tile, b: Tile) -> tuple[slice, slice] | None:
     rows = slice(max(a.row, b.row), min(a.row + a.rows, b.row + b.rows))
     columns = slice(max(a.column, b.column), min(a.column + a.columns, b.column + b.columns))
-    return (rows, columns) if rows.start < rows.stop and columns.start < columns.stop else ()
+    return (rows, columns) if rows.start < rows.stop and columns.start < columns.stop else None
 
 
 def _computed(

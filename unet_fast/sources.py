@@ -169,7 +169,8 @@ class _TiffChunks(_Chunked):
         self, path: Path, tiff: tifffile.TiffFile, planes: Array, samples: int, shape: Sequence[int], is_stack: bool
     ) -> None:
         self.path, self.tiff, self.planes, self.samples = path, tiff, planes, samples
-        self.pages = tiff.series[0].pages
+        # tifffile's pages may be None in a damaged file, which these are not
+        self.pages: Any = tiff.series[0].pages
         page = self.pages[0].keyframe
         # planar: each sample has segments of its own
         self.planar = samples > 1 and page.axes.startswith("S")
@@ -217,7 +218,8 @@ class _MappedPlanes:
     def __init__(self, path: Path, tiff: tifffile.TiffFile, planes: Array, shape: Sequence[int]) -> None:
         self.path, self.planes, self.shape = path, planes, tuple(shape)
         self.dtype = np.dtype(tiff.series[0].dtype).newbyteorder(tiff.byteorder)
-        self.offsets = [page.dataoffsets[0] for page in tiff.series[0].pages]
+        pages: Any = tiff.series[0].pages
+        self.offsets = [page.dataoffsets[0] for page in pages]
 
     def __getitem__(self, where: tuple[int, slice, slice, slice]) -> Array:
         z, _, rows, columns = where
@@ -233,7 +235,7 @@ class _ZarrChunks(_Chunked):
     def __init__(self, path: Path, array: Any, axes: str) -> None:
         self.path, self.array = path, array
         # which axis of the array each of D, C, Y, X is
-        view = as_slices(path, _Shape(array.shape), axes)  # type: ignore[arg-type]
+        view: Any = as_slices(path, _Shape(array.shape), axes)  # type: ignore[arg-type]
         self.order: tuple[int | None, ...] = view.order
         is_stack = view.order[0] is not None
         chunk = [array.chunks[k] for k in view.order[2:] if k is not None]
@@ -369,8 +371,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
         if size > 2 * end:
             file.seek(-end, os.SEEK_END)
         digest.update(file.read())
-    changed = {"changed": path.stat().st_mtime_ns} if size > 2 * end else {}
-    return {"bytes": size, "sha256": digest.hexdigest(), **changed}
+    found = {"bytes": size, "sha256": digest.hexdigest()}
+    return {**found, "changed": path.stat().st_mtime_ns} if size > 2 * end else found
 
 
 def of_axes(array: Any, axes: str) -> Any:
@@ -480,7 +482,7 @@ def _open_tiff(path: Path, axes: str | None, limit: int) -> ArraySource | _Chunk
 def _windows_of(path: Path, tiff: tifffile.TiffFile, axes: str | None, limit: int) -> ArraySource | _Chunked:
     if len(tiff.series) != 1:
         raise BadInput(f"{path} holds {len(tiff.series)} images of different kinds; expected one image or stack")
-    series = tiff.series[0]
+    series: Any = tiff.series[0]
     size = path.stat().st_size
     for number, page in enumerate(series.pages):
         check_bytes(path, number, page, size)
@@ -493,8 +495,8 @@ def _windows_of(path: Path, tiff: tifffile.TiffFile, axes: str | None, limit: in
         if needed > size:
             raise BadInput(f"{path} is truncated: its pixels end at byte {needed}, the file has {size} bytes")
         dtype = np.dtype(series.dtype).newbyteorder(tiff.byteorder)
-        array = np.memmap(path, dtype, "r", series.dataoffset, series.shape)
-        return _with_slices(path, array, letters)
+        mapped = np.memmap(path, dtype, "r", series.dataoffset, series.shape)
+        return _with_slices(path, mapped, letters)
     leading = series.ndim - len(page.axes)
     plain = set(page.axes) <= set("SYX") and page.shape == series.shape[leading:]
     whole_pages = len(series.pages) == int(np.prod(series.shape[:leading], dtype=np.int64))

@@ -249,8 +249,8 @@ class Cutter:
     @classmethod
     def of(cls, model: nn.Module, tta: str = "none") -> "Cutter":
         """By the model's own depth, up_mode and padding; those of the paper where it has none."""
-        names = (("depth", 4), ("up_mode", "deconv"), ("padding", "valid"))
-        return cls(*(getattr(model, name, default) for name, default in names), tta)
+        up_mode, padding = getattr(model, "up_mode", "deconv"), getattr(model, "padding", "valid")
+        return cls(getattr(model, "depth", 4), up_mode, padding, tta)
 
     def right(self, tile: int) -> int:
         """Pixels of the tile's output that equal those of an endless image."""
