@@ -169,8 +169,8 @@ class _TiffChunks(_Chunked):
         self, path: Path, tiff: tifffile.TiffFile, planes: Array, samples: int, shape: Sequence[int], is_stack: bool
     ) -> None:
         self.path, self.tiff, self.planes, self.samples = path, tiff, planes, samples
-        # tifffile's pages may be None in a damaged file, which these are not
-        self.pages: Any = tiff.series[0].pages
+        series: Any = tiff.series[0]
+        self.pages = series.pages
         page = self.pages[0].keyframe
         # planar: each sample has segments of its own
         self.planar = samples > 1 and page.axes.startswith("S")
@@ -510,8 +510,8 @@ def _windows_of(path: Path, tiff: tifffile.TiffFile, axes: str | None, limit: in
         shape = (*planes.shape[:2], *(series.shape[letters.index(axis)] for axis in "YX"))
         is_stack = any(axis not in "CSYX" for axis in letters)
         if all(_is_mapped(p) for p in series.pages):
-            mapped = _MappedPlanes(path, tiff, planes[:, :, 0, 0], shape)
-            return ArraySource(mapped, name=path.name, is_stack=is_stack)
+            planes_in_file = _MappedPlanes(path, tiff, planes[:, :, 0, 0], shape)
+            return ArraySource(planes_in_file, name=path.name, is_stack=is_stack)
         return _TiffChunks(path, tiff, planes[:, :, 0, 0], samples, shape, is_stack)
     if series.nbytes > limit:
         raise BadInput(
