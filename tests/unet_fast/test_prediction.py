@@ -1,5 +1,6 @@
 """Proves that files come out of files: each with its image's size and name, whole, or none at all with a reason."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,12 @@ def test_a_budget_cuts_tiles_and_changes_nothing(model: FastUNet, folder: Path, 
     inside = predict_files(model, folder, tmp_path / "inside", output="probabilities", tile_in=20).written
     for one, other in zip(whole, inside, strict=True):
         np.testing.assert_allclose(read_stack(one).pixels, read_stack(other).pixels, rtol=0, atol=1e-5)
-    for memory, sentence in (("6 apples", "memory must be a size such as 6GB"), ("1kB", "a budget must be at least")):
+    budgeted = predict_files(model, folder, tmp_path / "budget", output="probabilities", memory="150MB").written
+    for one, other in zip(whole, budgeted, strict=True):
+        np.testing.assert_allclose(read_stack(one).pixels, read_stack(other).pixels, rtol=0, atol=1e-5)
+    for memory, sentence in (("6 apples", "memory must be a size such as 6GB"), ("1MB", "memory must be at least")):
         with pytest.raises(BadInput, match=sentence):
-            predict_files(model, folder, tmp_path / "none", memory=memory)
+            predict_files(model, folder / "t10.tif", tmp_path / "none", memory=memory)
     assert not (tmp_path / "none").exists()
 
 
@@ -106,14 +110,52 @@ def _nan(folder: Path) -> None:
     write_tiff(folder / "z.tif", bad, "YX")
 
 
-REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "NaN": (_nan, {}, r"z\.tif has 1 NaN or infinite pixels, the first at z\.tif row 2 column 3"),
     "damaged": (lambda f: (f / "z.tif").write_bytes(b"II*\0oh"), {}, r"z\.tif"),
-    "channels": (
+    "of several channels": (
         lambda f: write_tiff(f / "z.tif", grey(2, 9, 9), "CYX"),
         {},
         r"z\.tif has 2 channel\(s\), the model was trained on 1",
     ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_image_among_several_is_reported_and_the_rest_is_done(
+    case: str, model: FastUNet, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, settings, sentence = BAD[case]
+    spoil(folder)
+    summary = predict_files(model, folder, tmp_path / "out", **settings)
+    assert [p.name for p in summary.written] == ["one.tif", "t2.tif", "t10.tif"]
+    [failed] = summary.failed
+    assert failed.image.name == "z.tif"
+    assert re.search(sentence, failed.error or "")
+    assert re.search(sentence, capsys.readouterr().err)
+    # mended, the rest is not done again
+    write_tiff(folder / "z.tif", grey(9, 9), "YX")
+    before = {p: p.stat().st_mtime_ns for p in summary.written}
+    again = predict_files(model, folder, tmp_path / "out", resume=True)
+    assert {file.image.name: file.status for file in again.files} == {
+        "one.png": "kept", "t2.tif": "kept", "t10.tif": "kept", "z.tif": "done",
+    }  # fmt: skip
+    assert {p: p.stat().st_mtime_ns for p in summary.written} == before
+    assert sorted((tmp_path / "out").iterdir()) == sorted(again.written)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_the_only_image_is_refused_and_nothing_written(
+    case: str, model: FastUNet, folder: Path, tmp_path: Path
+) -> None:
+    spoil, settings, sentence = BAD[case]
+    spoil(folder)
+    with pytest.raises(BadInput, match=sentence):
+        predict_files(model, folder / "z.tif", tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "one place for two": (
         lambda f: Image.new("L", (5, 5)).save(f / "t10.png"),
         {},
@@ -125,7 +167,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_nothing_is_written_where_one_image_cannot_be_segmented(
+def test_nothing_is_written_where_no_image_can_be_segmented(
     case: str, model: FastUNet, folder: Path, tmp_path: Path
 ) -> None:
     spoil, settings, sentence = REFUSED[case]
@@ -148,7 +190,7 @@ def test_images_are_never_overwritten(model: FastUNet, folder: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("source", "name", "output", "sentence"),
     [
-        ("t10.tif", "a.jpg", "labels", r"a\.jpg must end in \.tif or \.png: \.jpg changes the values it stores"),
+        ("t10.tif", "a.jpg", "labels", r"a\.jpg must end in \.tif, .*: \.jpg changes the values it stores"),
         ("t10.tif", "a.png", "probabilities", r"a\.png cannot hold probabilities; use \.tif"),
         ("t2.tif", "new/a.png", "labels", r"a\.png cannot hold a stack; use \.tif"),
         ("t10.tif", "file/a.tif", "labels", "must be a folder, a file is in its place|cannot be written"),
@@ -159,7 +201,7 @@ def test_a_place_that_cannot_hold_it_is_refused_before_the_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(prediction, "predict", None)
+    monkeypatch.setattr(prediction, "Inference", None)
     with pytest.raises(BadInput, match=sentence):
         predict_files(model, folder / source, tmp_path / name, output=output)
     assert not (tmp_path / "new").exists()

@@ -6,6 +6,7 @@ over all of it, in float64. The checks themselves are shown able to fail.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-import unet_fast
 from tests.proof.properties import given, settings, st
-from unet_fast import FastUNet, Normalisation, geometry, inference, plan_tiles, predict, tiling
+from unet_fast import FastUNet, Normalisation, geometry, inference, plan_tiles, predict, seams, tiling
+from unet_fast.greys import Greys
 from unet_fast.memory import estimate, largest_tile
+from unet_fast.sources import ArraySource
 from unet_fast.units import bytes_of
 
 some = settings(derandomize=True, database=None, deadline=None, max_examples=40)
@@ -155,36 +157,37 @@ def test_tiles_of_the_papers_depth_join() -> None:
 
 def test_a_step_off_the_pooling_grid_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, image = net(2), picture(120, 120)
-    right = plan_tiles(image.shape, tile_in=60, model=model)
-    sound = unet_fast.tiling.seam_check(model, image, tile_in=60)
+    plan = plan_tiles(image.shape, tile_in=60, model=model)
+    greys = Greys(ArraySource(image[None, None]), None, wide=True)
+    assert plan.step == (20, 20)
+    sound = seams.verify_seams(model, greys, plan)
+    assert sound.exact
+    assert sound.largest_difference <= 1e-9 * sound.sd
+    # the whole output of each tile, as the original did, wherever it begins: 18, which is no multiple of 4
+    aligned = tiling.Cutter.of
 
-    def as_the_original_did(*arguments: Any, **named: Any) -> tiling.TilePlan:
-        plan = plan_tiles(*arguments, **named)
-        if len(plan) == 1:
-            return plan
-        # the whole output of each tile, 60 - 2 * 20 + 2 less than a multiple of 4
-        side = 18
-        count = -(-120 // side)
-        return tiling.TilePlan(plan.shape, plan.tile_in, (side,) * 2, (side,) * 2, (count,) * 2, plan.halo, 1.0)
+    def anywhere(*arguments: Any) -> tiling.Cutter:
+        cutter = aligned(*arguments)
+        cutter.step, cutter.smallest = 1, aligned(*arguments).smallest  # type: ignore[method-assign]
+        return cutter
 
-    monkeypatch.setattr(tiling, "plan_tiles", as_the_original_did)
-    broken = tiling.seam_check(model, image, tile_in=60)
-    assert right.step == (20, 20)
-    assert sound["largest_difference"] <= 1e-9 * sound["logits_sd"]
-    assert broken["largest_difference"] > 0.1 * broken["logits_sd"]
-    assert broken["labels_that_differ"] > 0
+    monkeypatch.setattr(tiling.Cutter, "of", anywhere)
+    broken = seams.verify_seams(model, greys, replace(plan, keep=(18, 18), step=(18, 18), grid=(7, 7)))
+    assert not broken.exact
+    assert broken.largest_difference > 0.1 * broken.sd
+    assert broken.labels_that_differ > 0
 
 
 def test_the_seam_check_reports_what_it_compared() -> None:
     model = net(2).float()
     image = picture(3, 70, 90).astype(np.float32)
-    found = tiling.seam_check(model, image, axes="ZYX")
+    found = seams.seam_check(model, image, axes="ZYX")
     assert found["tile_in"] == tile_that_keeps(model, 2)
     assert found["tiles"] == math.ceil(70 / 8) * math.ceil(90 / 8)
     assert found["difference"].shape == (70, 90)
     assert found["difference"].max() == found["largest_difference"] <= 1e-5 * found["logits_sd"]
     assert found["labels_that_differ"] == 0
-    again = tiling.seam_check(model, torch.from_numpy(image[0]), tile_in=48)
+    again = seams.seam_check(model, torch.from_numpy(image[0]), tile_in=48)
     assert (again["tile_in"], again["difference"].shape) == (48, (70, 90))
 
 
@@ -356,15 +359,15 @@ def test_a_plan_keeps_to_its_budget_with_the_fewest_tiles(shape: tuple[int, int]
     assert len(plan) <= len(plan_tiles(shape, tile_in=largest, model=model))
 
 
-def test_a_prediction_inside_a_budget_is_the_prediction() -> None:
-    torch.manual_seed(0)
-    model, image = FastUNet(features=(4, 8, 8)).double(), np.random.default_rng(0).random((150, 190))
-    least = estimate(model, 76, mode="predict").total
-    assert len(plan_tiles(image.shape, memory=least, model=model)) > 9
-    whole = predict(model, image, output="logits")
-    np.testing.assert_allclose(
-        predict(model, image, output="logits", memory=least), whole, rtol=0, atol=1e-9 * whole.std()
-    )
+def test_a_plan_is_a_table_for_people() -> None:
+    assert str(plan_tiles((40000, 30000), tile_in=572)).splitlines() == [
+        "image     40000 x 30000",
+        "tile      572 x 572, of which 384 x 384 are kept (halo 92)",
+        "tiles     105 x 79 = 8295, 384 x 384 apart",
+        "overhead  2.26 pixels read per pixel kept",
+        "memory    unknown counted",
+    ]
+    assert "memory    38 MB counted" in str(plan_tiles((300, 300), model=FastUNet(features=(16, 32, 64)), tile_in=356))
 
 
 @pytest.mark.parametrize(
@@ -607,7 +610,9 @@ def test_pixels_that_are_no_number_are_counted_and_refused(bad: float) -> None:
     image = picture(9, 9)
     image[3, 4] = image[0, 0] = bad
     out = np.full((9, 9), 7, np.uint8)
-    with pytest.raises(ValueError, match="image has 2 NaN or infinite pixels; replace them first"):
+    with pytest.raises(
+        ValueError, match="image has 2 NaN or infinite pixels, the first at image row 0 column 0; replace them first"
+    ):
         predict(net(1), image, out=out)
     assert (out == 7).all()
 
