@@ -136,6 +136,9 @@ class Inference:
                     raise
                 why = str(error).splitlines()[0] if str(error) else "memory ran out"
             groups = groups[done.count :]
+            if not groups:
+                # it was the last one that took too much
+                return
             batch = max(map(len, groups))
             left = [tile for group in groups for tile in group]
             if batch > 1:

@@ -31,7 +31,7 @@ from .pairs import image_folder, without_labels
 from .progress import Progress
 from .results import FORMATS, Result, check_format, write_result
 from .seams import Seams, verify_seams
-from .sources import Source, fingerprint, is_zarr, list_sources, open_source
+from .sources import SOURCES, Source, fingerprint, is_zarr, list_sources, open_source
 from .tiling import TTA, Cutter, Tile, TilePlan, plan_tiles
 from .units import bytes_of
 
@@ -228,7 +228,7 @@ def _targets(paths: Sequence[Path], sources: Sequence[Path], out: Path, output: 
         check_format(out, output)
         targets = [out]
     else:
-        if out.suffix.lower() in FORMATS:
+        if out.suffix.lower() in (*FORMATS, *SOURCES) and not out.is_dir():
             raise BadInput(f"{out} must be a folder, for the {len(sources)} images of {paths[0]}")
         if out.exists() and any(out.samefile(source.parent) for source in sources):
             raise BadInput(f"{out} is the folder of the images; choose another place for the results")

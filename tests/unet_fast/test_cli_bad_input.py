@@ -63,6 +63,8 @@ def place(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 VERBS = {
     "train": "train -i images --labels labels --out run --features 2,4 --steps 2 --quiet",
     "predict": "predict -m model.safetensors -i images --out found --quiet",
+    "one": "predict -m model.safetensors -i images/a.tif --out found --quiet",
+    "stack": "predict -m model.safetensors -i stack.tif --out found --quiet",
     "evaluate": "evaluate -p results --truth labels",
     "check-data": "check-data -i images --labels labels",
     "profile": "profile -m model.safetensors --tiles 36 --seconds 0 --quiet",
@@ -182,13 +184,40 @@ SPOILT: dict[str, tuple[Spoil, str, str]] = {
 }
 
 
+# of these only b.tif is spoilt, and predict does the rest
+_ONE_IMAGE = (
+    "truncated image", "image of text", "NaN in an image", "other channels than the model's", "unclear axes",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("name", "verb"), [(name, verb) for name, (_, verbs, _) in SPOILT.items() for verb in verbs.split()]
 )
 def test_data_that_cannot_be_used_are_refused(name: str, verb: str, place: Path) -> None:
     spoil, _, said = SPOILT[name]
     spoil(place)
+    if verb == "predict" and name in _ONE_IMAGE:
+        (place / "images" / "a.tif").unlink()
     _is_refused(verb, "", said, place)
+
+
+@pytest.mark.parametrize("name", _ONE_IMAGE)
+def test_a_bad_image_among_several_is_left_out(name: str, place: Path) -> None:
+    spoil, _, said = SPOILT[name]
+    spoil(place)
+    done = _run("predict", "--json")
+    assert done.exit_code == 5, (done.stderr, done.exception)
+    first, result, last = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert said in first
+    assert result.startswith("labels: 1 files in found")
+    assert last == "error: 1 of 2 images could not be segmented; mend them and go on with --resume"
+    found = json.loads(done.stdout)
+    assert [(file["image"], file["status"]) for file in found["files"]] == [
+        ("images/a.tif", "done"), ("images/b.tif", "failed"),
+    ]  # fmt: skip
+    assert (place / "found" / "a.tif").is_file()
+    assert not (place / "found" / "b.tif").exists()
 
 
 @pytest.mark.parametrize(
@@ -213,15 +242,19 @@ def test_data_that_cannot_be_used_are_refused(name: str, verb: str, place: Path)
         ("train", "--out /proc/run", "cannot be written"),
         ("train", "--device cuda:99", "device cuda:99 cannot be used here"),
         ("predict", "--tile 41", "tile_in 41 cannot be pooled 1 times; nearest are 40 and 42"),
-        ("predict", "--axes ZYX", "has 2 axes of 32x32, axes said ZYX"),
         ("predict", "--out file", "file"),
         ("predict", "--out file/found", "cannot be written"),
         ("predict", "--out /proc/found", "cannot be written"),
         ("predict", "--out images", "is the folder of the images; choose another place"),
         ("predict", "--device cuda:99", "device cuda:99 cannot be used here"),
-        ("predict", "-i images/a.tif --out found.jpg", "must end in .tif or .png"),
-        ("predict", "-i images/a.tif --out found.png --output probabilities", "cannot hold probabilities; use .tif"),
-        ("predict", "-i images/a.tif --out missing/folder.tif/file/a.tif --tile 41", "cannot be pooled"),
+        ("one", "--axes ZYX", "has 2 axes of 32x32, axes said ZYX"),
+        ("one", "--out found.jpg", "must end in .tif"),
+        ("one", "--out found.png --output probabilities", "cannot hold probabilities; use .tif"),
+        ("one", "--out missing/folder.tif/file/a.tif --tile 41", "cannot be pooled"),
+        ("one", "--tile 40 --memory 1GB", "memory chooses the tile; give one of memory and tile_in"),
+        ("one", "--memory 1MB", "memory must be at least"),
+        ("one", "--memory 6apples", "memory must be a size such as 6GB"),
+        ("predict", "--out found.jpg", "found.jpg must be a folder, for the 2 images of images"),
         ("predict", "-m images", "images/model.safetensors does not exist"),
         ("predict", "-m images/a.tif", "a.tif is damaged or no safetensors file"),
         ("evaluate", "--metrics iou,accuracy", "adapted_rand_error, cells, or all, got 'accuracy'"),
@@ -268,7 +301,7 @@ def test_a_net_with_padding_has_no_known_bytes(place: Path) -> None:
 
 def test_a_stack_does_not_fit_a_picture(place: Path) -> None:
     _write(place / "stack.tif", _image(3, 32, 32))
-    _is_refused("predict", "-i stack.tif --out new/found.png", "cannot hold a stack; use .tif", place)
+    _is_refused("stack", "--out new/found.png", "cannot hold a stack; use .tif", place)
 
 
 def test_a_folder_where_a_result_belongs_is_seen_before_any_is_written(place: Path) -> None:
@@ -372,6 +405,7 @@ def test_what_must_be_given_is_usage_too(verb: str) -> None:
 
 
 def test_it_is_so_in_a_process_of_its_own(place: Path) -> None:
+    (place / "images" / "a.tif").unlink()
     _truncate(place / "images" / "b.tif")
     before = _everything(place)
     done = subprocess.run(
