@@ -9,7 +9,7 @@ RUN    := .venv/bin/python
 STAMP  := .venv/installed
 LINUX  := $(filter Linux,$(shell uname -s))
 
-.PHONY: demo test check bench native
+.PHONY: demo test check bench native soak
 
 $(STAMP): pyproject.toml CMakeLists.txt kernels/native/CMakeLists.txt $(wildcard kernels/native/src/* kernels/native/include/*)
 	test -x $(RUN) || $(PYTHON) -m venv .venv
@@ -42,6 +42,10 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only -q
+
+# two hundred random kills of a prediction, where `make test` has thirty
+soak: $(STAMP)
+	UNET_FAST_SOAK=200 $(RUN) -m pytest -q tests/unet_fast/test_interruption.py
 
 # the native libraries with warnings as errors, and their own tests; CUDA where there is an nvcc; then the C++ once more,
 # watched by the address and undefined-behaviour sanitizers

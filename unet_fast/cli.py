@@ -535,7 +535,7 @@ def _data(value: Any) -> str:
 def main() -> None:
     """Entry point of the `unet-fast` command.
 
-    Exit codes: 0 ok, 2 usage, 3 bad input, 4 out of memory, 130 interrupted.
+    Exit codes: 0 ok, 2 usage, 3 bad input, 4 out of memory, 5 partial (some images failed), 130 interrupted.
     """
     # a cluster ends a job so: the same as Ctrl-C, a checkpoint first
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -20,7 +20,7 @@ from .averaging import versions_of
 from .errors import BadInput
 from .fitting import fit, held_to, parameter_of
 from .greys import Greys
-from .measuring import Watch, is_out_of_memory
+from .measuring import Watch, give_back, is_out_of_memory
 from .progress import Progress
 from .sources import ArraySource, Source, of_axes
 from .tiling import Cutter, Tile
@@ -135,6 +135,9 @@ class Inference:
                 if not is_out_of_memory(error):
                     raise
                 why = str(error).splitlines()[0] if str(error) else "memory ran out"
+            give_back()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             groups = groups[done.count :]
             if not groups:
                 # it was the last one that took too much

@@ -224,11 +224,13 @@ def _check(model: nn.Module, output: str, threshold: float | None, tta: str, nan
 
 def _targets(paths: Sequence[Path], sources: Sequence[Path], out: Path, output: str, suffix: str) -> list[Path]:
     one_file = len(paths) == 1 and (paths[0].is_file() or is_zarr(paths[0]))
-    if one_file and out.suffix and not (out.is_dir() and not is_zarr(out)):
+    # results.v2 is a folder
+    named = out.suffix.lower() in (*FORMATS, *SOURCES) and not (out.is_dir() and not is_zarr(out))
+    if one_file and named:
         check_format(out, output)
         targets = [out]
     else:
-        if out.suffix.lower() in (*FORMATS, *SOURCES) and not out.is_dir():
+        if named:
             raise BadInput(f"{out} must be a folder, for the {len(sources)} images of {paths[0]}")
         if out.exists() and any(out.samefile(source.parent) for source in sources):
             raise BadInput(f"{out} is the folder of the images; choose another place for the results")
