@@ -4,7 +4,7 @@ A percentile is a matter of the whole plane. It is found exactly, in a fixed amo
 bits, put in an order that is that of the values, are counted sixteen at a time, from the highest down.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,8 @@ class Greys:
         if self.normalisation.kind != "percentile":
             return self.normalisation.low, self.normalisation.high
         if (z, channel) not in self._limits:
-            self._limits[z, channel] = self._percentiles(z, channel)
+            for number, limits in enumerate(self._percentiles(z, self.normalisation)):
+                self._limits[z, number] = limits
         return self._limits[z, channel]
 
     def _scaled(self, z: int, channel: int, plane: Array) -> Array:
@@ -89,40 +90,57 @@ class Greys:
             return table[plane]
         return self.normalisation.scaled(plane, low, high)
 
-    def _bands(self, z: int, channel: int) -> Iterator[Array]:
-        """The plane's finite values, flat, some rows at a time."""
+    def _bands(self, z: int) -> Iterator[tuple[int, Array]]:
+        """(first row, [C, rows, columns]) of a slice; whole chunks of what is compressed, so that each comes once."""
         height, width = self.shape[2:]
         rows = max(1, _BAND // width)
+        chunk = getattr(self.source, "chunk", (1, 1))[0]
+        rows = -(-rows // chunk) * chunk
         for row in range(0, height, rows):
-            plane = self.source.read(z, slice(row, min(height, row + rows)), slice(0, width))[channel].reshape(-1)
-            if plane.dtype == bool:
-                plane = plane.view(np.uint8)
-            yield plane[np.isfinite(plane)] if plane.dtype.kind == "f" else plane
+            pixels = self.source.read(z, slice(row, min(height, row + rows)), slice(0, width))
+            yield row, pixels.view(np.uint8) if pixels.dtype == bool else pixels
 
-    def _percentiles(self, z: int, channel: int) -> tuple[float, float]:
-        assert self.normalisation is not None
-        count, least, greatest = 0, None, None
-        for values in self._bands(z, channel):
-            if len(values):
-                count += len(values)
-                least = values.min() if least is None else min(least, values.min())
-                greatest = values.max() if greatest is None else max(greatest, values.max())
-        if not count:
-            return 0.0, 0.0
-        ranks = self.normalisation.ranks(count)
-        if count <= _SORTED:
-            found = np.partition(np.concatenate(list(self._bands(z, channel))), ranks)[ranks]
-        else:
-            found = order_statistics(lambda: self._bands(z, channel), ranks)
-        return self.normalisation.between(count, found, least, greatest)
+    def _finite(self, z: int) -> Iterator[list[Array]]:
+        """The same, as the finite values of each channel."""
+        for _, pixels in self._bands(z):
+            flat = pixels.reshape(len(pixels), -1)
+            yield [values[np.isfinite(values)] if values.dtype.kind == "f" else values for values in flat]
+
+    def _percentiles(self, z: int, normalisation: Normalisation) -> list[tuple[float, float]]:
+        """Limits of each channel of a slice."""
+        if self.shape[2] * self.shape[3] <= _SORTED:
+            planes = [np.concatenate(parts) for parts in zip(*self._finite(z), strict=True)]
+            return [normalisation.limits(plane) if len(plane) else (0.0, 0.0) for plane in planes]
+        counts = self._counts(z)
+        searches = [_Ranks(normalisation.ranks(count) if count else []) for count in counts]
+        while any(search.going for search in searches):
+            for parts in self._finite(z):
+                for search, values in zip(searches, parts, strict=True):
+                    search.count(values)
+            for search in searches:
+                search.step()
+        limits = []
+        for channel, (count, search) in enumerate(zip(counts, searches, strict=True)):
+            low, high = normalisation.between(count, search.values()) if count else (0.0, 0.0)
+            # a few bright pixels on a black ground lie beyond the percentiles: the range is all there is
+            limits.append((low, high) if low < high or not count else self._range(z, channel))
+        return limits
+
+    def _counts(self, z: int) -> list[int]:
+        """How many finite values each channel has."""
+        if self.source.dtype.kind != "f" or self.nan == "refuse":
+            return [self.shape[2] * self.shape[3]] * self.shape[1]
+        sizes = [[len(part) for part in parts] for parts in self._finite(z)]
+        return [sum(column) for column in zip(*sizes, strict=True)]
+
+    def _range(self, z: int, channel: int) -> tuple[float, float]:
+        ends = [(part[channel].min(), part[channel].max()) for part in self._finite(z) if len(part[channel])]
+        return float(min(low for low, _ in ends)), float(max(high for _, high in ends))
 
     def _refuse(self) -> None:
         bad, first = 0, ""
-        height, width = self.shape[2:]
-        rows = max(1, _BAND // width)
         for z in range(self.shape[0]):
-            for row in range(0, height, rows):
-                pixels = self.source.read(z, slice(row, min(height, row + rows)), slice(0, width))
+            for row, pixels in self._bands(z):
                 wrong = ~np.isfinite(pixels)
                 count = int(wrong.sum())
                 if count and not bad:
@@ -132,39 +150,68 @@ class Greys:
                 bad += count
         if bad:
             raise BadInput(
-                f"{self.source.name} has {bad} NaN or infinite pixels, the first at {first}; replace them first"
+                f"{self.source.name} has {bad} NaN or infinite pixels, the first at {first}; replace them first, or "
+                f"have them filled (--nan fill)"
             )
 
 
-def order_statistics(bands: Any, ranks: Sequence[int]) -> Array:
+def order_statistics(bands: Callable[[], Iterable[Array]], ranks: Sequence[int]) -> Array:
     """The values at `ranks` of all values in ascending order, without sorting or holding them.
 
     Args:
-        bands: gives, each time it is called, an iterator over parts of the values: flat arrays of one real dtype.
+        bands: gives, each time it is called, the values in parts: flat arrays of one real dtype.
         ranks: places in ascending order, from 0; equal ones may repeat.
 
     >>> order_statistics(lambda: iter([np.array([3.0, -1.0]), np.array([2.0])]), [0, 1, 2])
     array([-1.,  2.,  3.])
     """
-    # (the highest bits that are known, how many values with these bits come before it)
-    known = [(0, rank) for rank in ranks]
-    dtype: Any = None
-    bits = done = 0
-    while not bits or done < bits:
-        counts: dict[int, Array] = {}
+    search = _Ranks(ranks)
+    while search.going:
         for values in bands():
-            dtype = values.dtype.newbyteorder("=")
-            bits = 8 * dtype.itemsize
-            digit = min(16, bits - done)
-            keys = _ordered(values.astype(dtype, copy=False))
-            for prefix in {prefix for prefix, _ in known}:
-                here = keys if not done else keys[(keys >> np.uint64(bits - done)) == prefix]
-                digits = (here >> np.uint64(bits - done - digit)) & np.uint64(2**digit - 1)
-                found = np.bincount(digits.astype(np.int64), minlength=2**digit)
-                counts[prefix] = counts.get(prefix, 0) + found
-        known = [_step(prefix, rank, counts[prefix], digit) for prefix, rank in known]
-        done += digit
-    return _values(np.array([prefix for prefix, _ in known], np.uint64), dtype)
+            search.count(values)
+        search.step()
+    return search.values()
+
+
+class _Ranks:
+    """The values at some ranks; each pass over all values tells sixteen bits more of them, from the highest down."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        # (the bits that are known, how many of the values that begin with them come before it)
+        self.known = [(0, rank) for rank in ranks]
+        self.bits = self.done = 0
+        self.dtype = np.dtype(np.uint8)
+        self.counts: dict[int, Array] = {}
+
+    @property
+    def going(self) -> bool:
+        return bool(self.known) and (not self.bits or self.done < self.bits)
+
+    @property
+    def digit(self) -> int:
+        """Bits that this pass tells."""
+        return min(16, self.bits - self.done)
+
+    def count(self, values: Array) -> None:
+        self.dtype = values.dtype.newbyteorder("=")
+        self.bits = 8 * self.dtype.itemsize
+        keys = _ordered(values.astype(self.dtype, copy=False))
+        for prefix in {prefix for prefix, _ in self.known}:
+            here = keys if not self.done else keys[(keys >> np.uint64(self.bits - self.done)) == prefix]
+            digits = (here >> np.uint64(self.bits - self.done - self.digit)) & np.uint64(2**self.digit - 1)
+            found = np.bincount(digits.astype(np.int64), minlength=2**self.digit)
+            self.counts[prefix] = self.counts.get(prefix, 0) + found
+
+    def step(self) -> None:
+        if self.known and not self.counts:
+            raise ValueError(f"there must be more than {self.known[-1][1]} values, got none")
+        if self.going:
+            self.known = [_step(prefix, rank, self.counts[prefix], self.digit) for prefix, rank in self.known]
+            self.done += self.digit
+            self.counts = {}
+
+    def values(self) -> Array:
+        return _values(np.array([prefix for prefix, _ in self.known], np.uint64), self.dtype)
 
 
 def _step(prefix: int, rank: int, counts: Array, digit: int) -> tuple[int, int]:

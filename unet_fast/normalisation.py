@@ -52,22 +52,22 @@ class Normalisation:
         if plane.dtype.kind == "f" and np.isnan(plane).any():
             return math.nan, math.nan
         ranks = self.ranks(len(plane))
-        found = np.partition(plane, ranks)[ranks]
-        return self.between(len(plane), found, plane.min(), plane.max())
+        low, high = self.between(len(plane), np.partition(plane, ranks)[ranks])
+        # a few bright pixels on a black ground lie beyond the percentiles: the range is all there is
+        return (low, high) if low < high else (float(plane.min()), float(plane.max()))
 
     def ranks(self, count: int) -> list[int]:
         """Places, in ascending order of so many grey values, of the two on either side of each percentile."""
         places = (math.floor(percentile / 100 * (count - 1)) for percentile in (self.low, self.high))
         return [min(place + more, count - 1) for place in places for more in (0, 1)]
 
-    def between(self, count: int, found: Any, least: Any, greatest: Any) -> tuple[float, float]:
-        """The limits of so many grey values, by those at `ranks` and their range."""
+    def between(self, count: int, found: Any) -> tuple[float, float]:
+        """Both percentiles of so many grey values, by those at `ranks`."""
         ends = []
         for percentile, below, above in zip((self.low, self.high), found[::2], found[1::2], strict=True):
             place = percentile / 100 * (count - 1)
             ends.append(float(below) + (float(above) - float(below)) * (place - math.floor(place)))
-        # a few bright pixels on a black ground lie beyond the percentiles: the range is all there is
-        return (ends[0], ends[1]) if ends[0] < ends[1] else (float(least), float(greatest))
+        return ends[0], ends[1]
 
     def scaled(self, image: np.ndarray[Any, Any], low: Any, high: Any) -> np.ndarray[Any, Any]:
         """`low` to 0, `high` to 1, clipped; float32."""
