@@ -9,8 +9,8 @@ import hashlib
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .journal import FOLDER, Journal, locked
 from .measuring import Watch, is_out_of_memory
 from .pairs import image_folder, without_labels
 from .progress import Progress
-from .results import FORMATS, Result, check_format, write_result
+from .results import FORMATS, Result, check_format, put_back, write_result
 from .seams import Seams, verify_seams
 from .sources import SOURCES, Source, fingerprint, is_zarr, list_sources, open_source
 from .tiling import TTA, Cutter, Tile, TilePlan, plan_tiles
@@ -373,7 +373,22 @@ class _File:
             if image.shape[1] != channels:
                 raise BadInput(f"{self.source} has {image.shape[1]} channel(s), the model was trained on {channels}")
             check_format(self.target, settings.output, image.is_stack)
-            return self._journalled(place, image, watch, budget)
+            put_back(self.target, place)
+            with self._full_disk(place):
+                return self._journalled(place, image, watch, budget)
+
+    @contextmanager
+    def _full_disk(self, place: Path) -> Iterator[None]:
+        """One sentence where a disk takes no more."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            kept = (
+                "what is finished is kept; free some and go on with --resume" if place.exists() else "free some first"
+            )
+            raise BadInput(f"{self.target} cannot be written: {error.strerror}; {kept}") from error
 
     def _journalled(self, place: Path, image: Source, watch: Watch | None, budget: int) -> FileResult:
         settings = self.settings
@@ -398,11 +413,6 @@ class _File:
             if settings.seams:
                 found = verify_seams(settings.model, greys, chosen.plan, tta=settings.tta)
             journal.finish(result=fingerprint(self.target), output=settings.output, min_pixels=settings.min_pixels)
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            finished = f"{len(journal.done)} finished tiles are kept; free some and go on with --resume"
-            raise BadInput(f"{self.target} cannot be written: {error.strerror}; {finished}") from error
         except KeyboardInterrupt:
             self._kept(journal)
             raise

@@ -18,7 +18,7 @@ import tifffile
 from .errors import BadInput
 from .files import TIFF, replacing, sync_folder, write_picture
 
-__all__ = ["FORMATS", "Result", "check_format", "write_result"]
+__all__ = ["FORMATS", "Result", "check_format", "put_back", "write_result"]
 
 Array = np.ndarray[Any, Any]
 
@@ -31,6 +31,8 @@ _STRIP_BYTES = 2**18
 _ZARR_CHUNK = 512
 # the smallest level of a Zarr pyramid has sides of at most this
 _SMALLEST_LEVEL = 1024
+# where a Zarr that is replaced lies meanwhile
+_OLD = "old.zarr"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,8 @@ def _write_zarr(path: Path, result: Result, within: Path) -> None:
     import zarr
     from zarr.codecs import ZstdCodec
 
-    temporary, old = within / "whole.zarr", within / "old.zarr"
+    put_back(path, within)
+    temporary, old = within / "whole.zarr", within / _OLD
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -189,6 +192,7 @@ def _write_zarr(path: Path, result: Result, within: Path) -> None:
             _fill(level, result, previous)
             previous = level
         group.attrs["ome"] = _multiscales(path.stem, result.axes, len(levels))
+        _sync_all(temporary)
         with _replaced(path, old):
             temporary.rename(path)
         sync_folder(path.parent)
@@ -197,6 +201,22 @@ def _write_zarr(path: Path, result: Result, within: Path) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(path: Path, within: Path) -> None:
+    """A run that was killed while one Zarr took another's place may have left none: the old one goes back."""
+    if (within / _OLD).exists() and not path.exists():
+        (within / _OLD).rename(path)
+        sync_folder(path.parent)
+
+
+def _sync_all(folder: Path) -> None:
+    """Be sure that all files of a folder outlive a power cut."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with (Path(place) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(place))
 
 
 @contextmanager

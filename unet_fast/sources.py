@@ -2,12 +2,11 @@
 
 A source has `shape` [D, C, H, W], a dtype, and `read(z, rows, columns)`, which gives [C, rows, columns]. Uncompressed
 TIFF and NumPy files are mapped; of compressed TIFF (strips or tiles) and Zarr (2 and 3, OME-Zarr 0.4 and 0.5) each
-chunk is decoded once, and kept as long as windows, which come row by row, can need it; PNG, JPEG and BMP can only be
-decoded as a whole.
+chunk is decoded once (once a slice, where a Zarr's span several), and kept as long as windows, which come row by row,
+can need it; PNG, JPEG and BMP can only be decoded as a whole.
 """
 
 import hashlib
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -94,13 +93,18 @@ class ArraySource:
 
 
 class _Chunked:
-    """What lies on disk in compressed chunks; those used last are kept."""
+    """What lies on disk in compressed chunks; those used last are kept.
 
-    def __init__(self, name: str, shape: Sequence[int], dtype: Any, chunk: tuple[int, int], is_stack: bool) -> None:
-        self.name, self.is_stack = name, is_stack
+    `chunk` is the rows and columns of one, as it is kept; `piece` the pixels that are decoded for it.
+    """
+
+    def __init__(
+        self, name: str, shape: Sequence[int], dtype: Any, chunk: tuple[int, int], piece: int, is_stack: bool
+    ) -> None:
+        self.name, self.is_stack, self.chunk = name, is_stack, chunk
         self.shape: tuple[int, int, int, int] = (shape[0], shape[1], shape[2], shape[3])
         self.dtype = np.dtype(dtype)
-        self.chunk = min(chunk[0], shape[2]), min(chunk[1], shape[3])
+        self.piece = piece * self.dtype.itemsize
         self._kept: OrderedDict[tuple[int, ...], Array] = OrderedDict()
         self._bytes, self._capacity = 0, _ALWAYS_KEPT
         # a chunk is never decoded twice, as long as windows come row by row
@@ -110,19 +114,16 @@ class _Chunked:
         self._capacity = self.held_bytes(rows)
 
     def held_bytes(self, rows: int) -> int:
-        _, channels, height, width = self.shape
+        depth, channels, *sides = self.shape
+        height, width = (-(-n // chunk) * chunk for n, chunk in zip(sides, self.chunk, strict=True))
+        row = width * channels * self.dtype.itemsize
         # windows begin and end inside a chunk
-        band = min(height, rows + 2 * self.chunk[0]) * (-(-width // self.chunk[1]) * self.chunk[1])
-        return min(max(_ALWAYS_KEPT, band * channels * self.dtype.itemsize), self._whole())
+        band = min(height, rows + 2 * self.chunk[0]) * row
+        return min(max(_ALWAYS_KEPT, band), depth * height * row)
 
     def close(self) -> None:
         self._kept.clear()
         self._bytes = 0
-
-    def _whole(self) -> int:
-        depth, channels, height, width = self.shape
-        padded = [-(-n // chunk) * chunk for n, chunk in zip((height, width), self.chunk, strict=True)]
-        return depth * channels * padded[0] * padded[1] * self.dtype.itemsize
 
     def read(self, z: int, rows: slice, columns: slice) -> Array:
         out = np.empty((self.shape[1], rows.stop - rows.start, columns.stop - columns.start), self.dtype)
@@ -174,11 +175,13 @@ class _TiffChunks(_Chunked):
         page = self.pages[0].keyframe
         # planar: each sample has segments of its own
         self.planar = samples > 1 and page.axes.startswith("S")
-        grid = [n for n, axis in zip(page.chunked, page.axes, strict=True) if axis in "YX"]
-        chunk = [n for n, axis in zip(page.chunks, page.axes, strict=True) if axis in "YX"]
-        self.grid = grid[0], grid[1]
-        super().__init__(path.name, shape, page.dtype, (chunk[0], chunk[1]), is_stack)
-        self.segment = chunk[0], chunk[1]
+        rows, columns = page.rowsperstrip, page.imagewidth
+        if page.is_tiled:
+            rows, columns = page.tilelength, page.tilewidth
+        chunk = min(rows, page.imagelength) if not page.is_tiled else rows, columns
+        self.grid = -(-page.imagelength // chunk[0]), -(-page.imagewidth // chunk[1])
+        piece = chunk[0] * chunk[1] * (1 if self.planar else samples)
+        super().__init__(path.name, shape, page.dtype, chunk, piece, is_stack)
 
     def close(self) -> None:
         super().close()
@@ -194,9 +197,12 @@ class _TiffChunks(_Chunked):
     def _decode(self, place: tuple[int, ...]) -> Array:
         number, segment = place
         page = self.pages[number]
-        keyframe, file = page.keyframe, self.tiff.filehandle
+        keyframe, file = page.keyframe, page.parent.filehandle
         more = {"jpegtables": page.jpegtables, "jpegheader": keyframe.jpegheader} if _is_jpeg(keyframe) else {}
         try:
+            if file.closed:
+                # of a file beside this one
+                file.open()
             file.seek(page.dataoffsets[segment])
             encoded = file.read(page.databytecounts[segment])
             if len(encoded) != page.databytecounts[segment]:
@@ -216,17 +222,22 @@ class _MappedPlanes:
     """Uncompressed pages of a TIFF, wherever they lie in the file."""
 
     def __init__(self, path: Path, tiff: tifffile.TiffFile, planes: Array, shape: Sequence[int]) -> None:
-        self.path, self.planes, self.shape = path, planes, tuple(shape)
+        self.planes, self.shape = planes, tuple(shape)
         self.dtype = np.dtype(tiff.series[0].dtype).newbyteorder(tiff.byteorder)
         pages: Any = tiff.series[0].pages
-        self.offsets = [page.dataoffsets[0] for page in pages]
+        self.places = [(page.parent.filehandle.path, page.dataoffsets[0]) for page in pages]
+        for number, page in enumerate(pages):
+            end, size = page.dataoffsets[0] + page.nbytes, page.parent.filehandle.size
+            if end > size:
+                raise BadInput(f"{path} is truncated: page {number} ends at byte {end}, the file has {size} bytes")
 
     def __getitem__(self, where: tuple[int, slice, slice, slice]) -> Array:
         z, _, rows, columns = where
         return np.stack([self._plane(int(plane))[rows, columns] for plane in self.planes[z]])
 
     def _plane(self, plane: int) -> Array:
-        return np.memmap(self.path, self.dtype, "r", self.offsets[plane], self.shape[2:])
+        path, offset = self.places[plane]
+        return np.memmap(path, self.dtype, "r", offset, self.shape[2:])
 
 
 class _ZarrChunks(_Chunked):
@@ -238,24 +249,29 @@ class _ZarrChunks(_Chunked):
         view: Any = as_slices(path, _Shape(array.shape), axes)  # type: ignore[arg-type]
         self.order: tuple[int | None, ...] = view.order
         is_stack = view.order[0] is not None
-        chunk = [array.chunks[k] for k in view.order[2:] if k is not None]
-        super().__init__(path.name, view.shape, array.dtype, (chunk[0], chunk[1]), is_stack)
+        # channels that lie in one chunk are decoded together
+        self.together, *chunk = (1 if k is None else min(array.chunks[k], array.shape[k]) for k in view.order[1:])
+        piece = int(np.prod(array.chunks, dtype=object))
+        super().__init__(path.name, view.shape, array.dtype, (chunk[0], chunk[1]), piece, is_stack)
+
+    def _key(self, z: int, channel: int, i: int, j: int) -> tuple[int, ...]:
+        return z, channel // self.together, i, j, channel % self.together
 
     def _decode(self, place: tuple[int, ...]) -> Array:
-        z, channel, i, j = place
+        z, group, i, j = place
         where: list[Any] = [0] * self.array.ndim
-        spans = (slice(i * self.chunk[0], (i + 1) * self.chunk[0]), slice(j * self.chunk[1], (j + 1) * self.chunk[1]))
-        for axis, index in zip(self.order, (z, channel, *spans), strict=True):
+        starts = zip((group, i, j), (self.together, *self.chunk), strict=True)
+        for axis, index in zip(self.order, (z, *(slice(k * n, (k + 1) * n) for k, n in starts)), strict=True):
             if axis is not None:
                 where[axis] = index
         try:
             pixels = np.asarray(self.array[tuple(where)])
         except Exception as error:  # a checksum, a codec, a chunk that is no file
             raise _unreadable(self.path, error, f"chunk {i}, {j} ") from error
-        first, second = self.order[2], self.order[3]
-        assert first is not None
-        assert second is not None
-        return pixels.T if first > second else pixels
+        # rows, columns, channels
+        channels, rows, columns = self.order[1:]
+        sliced = sorted(axis for axis in self.order[1:] if axis is not None)
+        return pixels.transpose([sliced.index(axis) for axis in (rows, columns, channels) if axis is not None])
 
 
 class _Shape:
@@ -346,9 +362,9 @@ def _check(path: Path, source: ArraySource | _Chunked, limit: int) -> None:
         raise BadInput(f"{path} is empty: {sizes(source.shape)}")
     if source.dtype.kind not in "uifb":
         raise BadInput(f"{path} must be integer or floating, got {source.dtype}")
-    if isinstance(source, _Chunked) and (piece := source.chunk[0] * source.chunk[1] * source.dtype.itemsize) > limit:
+    if isinstance(source, _Chunked) and source.piece > limit:
         raise BadInput(
-            f"{path} is compressed in pieces of {readable(piece)}, which is more than the {readable(limit)} there are; "
+            f"{path} is compressed in pieces of {readable(source.piece)}, which is more than the {readable(limit)} there are; "
             f"save it in tiles"
         )
 
@@ -423,6 +439,8 @@ def _letters(path: Path, shape: Sequence[int], axes: str | None, own: str | None
             raise BadInput(f"{has}, axes said {axes}")
         return axes
     if own is not None:
+        if len(own) != len(shape):
+            raise BadInput(f"{has}, and says that they are {own}; say axes, one of {', '.join(AXES)}")
         return own
     if len(shape) == 2:
         return "YX"
@@ -431,8 +449,12 @@ def _letters(path: Path, shape: Sequence[int], axes: str | None, own: str | None
 
 def _open_numpy(path: Path, axes: str | None) -> ArraySource:
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+        # a size beyond all numbers would be another one
+        with np.errstate(over="raise"):
+            array = np.lib.format.open_memmap(path, mode="r")
+    except MemoryError:
+        raise
+    except Exception as error:  # damage takes a reader anywhere
         raise BadInput(f"{path} cannot be read as a NumPy array: {one_line(error)}") from error
     if 0 in array.shape:
         raise BadInput(f"{path} is empty: {sizes(array.shape)}")
@@ -485,12 +507,13 @@ def _windows_of(path: Path, tiff: tifffile.TiffFile, axes: str | None, limit: in
     series: Any = tiff.series[0]
     size = path.stat().st_size
     for number, page in enumerate(series.pages):
-        check_bytes(path, number, page, size)
+        # of an OME-TIFF, some may lie in files beside this one
+        check_bytes(path, number, page, size if page is None else page.parent.filehandle.size)
     letters = _letters(path, series.shape, axes, series.axes)
     page = series.pages[0].keyframe
     if page.dtype is None:
         raise BadInput(f"{path} has pixels of a kind that is unknown here")
-    if series.dataoffset is not None:
+    if series.dataoffset is not None and not series.is_multifile:
         needed = series.dataoffset + int(np.prod(series.shape, dtype=object)) * series.dtype.itemsize
         if needed > size:
             raise BadInput(f"{path} is truncated: its pixels end at byte {needed}, the file has {size} bytes")
@@ -558,7 +581,7 @@ def _open_zarr(path: Path, axes: str | None) -> _Chunked:
             about = dict(found.attrs)
             scales = about.get("ome", about).get("multiscales")
             if scales:
-                own = "".join(axis["name"] for axis in scales[0]["axes"]).upper()
+                own = "".join(axis["name"][0] for axis in scales[0]["axes"]).upper()
                 found = found[scales[0]["datasets"][0]["path"]]
             else:
                 arrays = [name for name, _ in found.arrays()]
@@ -571,10 +594,10 @@ def _open_zarr(path: Path, axes: str | None) -> _Chunked:
         names = getattr(found.metadata, "dimension_names", None)
         if own is None and names and all(names):
             own = "".join(name[0] for name in names).upper()
-        if 0 in found.shape:
-            raise BadInput(f"{path} is empty: {sizes(found.shape)}")
+        if 0 in found.shape or 0 in found.chunks:
+            raise BadInput(f"{path} is empty: {sizes(found.shape)} in chunks of {sizes(found.chunks)}")
         return _ZarrChunks(path, found, _letters(path, found.shape, axes, own))
     except (BadInput, MemoryError):
         raise
-    except (KeyError, ValueError, TypeError, OSError, json.JSONDecodeError, IndexError) as error:
+    except Exception as error:  # damage takes a reader anywhere
         raise _unreadable(path, error) from error
