@@ -25,8 +25,8 @@ from .units import bytes_of, readable
 
 __all__ = ["Fit", "fit", "held_to", "parameter_of"]
 
-# bytes that a CPU's convolutions take for each byte counted: measured 1.4 to 2.1, and what they take in any case
-_CPU_FACTOR, _CPU_BESIDE = 2.2, 30_000_000
+# bytes that a CPU's convolutions take for each byte counted: measured 1.4 to 2.5, and what they take in any case
+_CPU_FACTOR, _CPU_BESIDE = 2.5, 30_000_000
 # what is forecast may take this share of a budget
 _MARGIN = 0.95
 # bytes of the next larger tile, per byte of a line through two measurements

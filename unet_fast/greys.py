@@ -88,7 +88,9 @@ class Greys:
                 values = np.arange(2 ** (8 * plane.dtype.itemsize))
                 table = self._tables[z, channel] = self.normalisation.scaled(values, low, high)
             return table[plane]
-        return self.normalisation.scaled(plane, low, high)
+        # of a plane of one grey value, an infinity is neither end; it is filled as NaN is
+        with np.errstate(invalid="ignore"):
+            return self.normalisation.scaled(plane, low, high)
 
     def _bands(self, z: int) -> Iterator[tuple[int, Array]]:
         """(first row, [C, rows, columns]) of a slice; whole chunks of what is compressed, so that each comes once."""

@@ -40,6 +40,8 @@ FOLDER = ".unet_fast"
 _STRIP = 64
 # so much work may be lost
 _SECONDS_BETWEEN_SYNCS = 1.0
+# who leaves holds a lock alone for a moment, to remove it
+_SECONDS_TO_LEAVE = 0.5
 # of zlib: fast; labels shrink a hundredfold all the same
 _LEVEL = 1
 
@@ -69,7 +71,7 @@ class Journal:
         self._tiles = os.open(place / "tiles", os.O_RDWR | os.O_CREAT, 0o666)
         self._lines = os.open(place / "journal", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not self._read():
+            if not resume or not self._read():
                 self.restart()
         except BaseException:
             self.close()
@@ -84,14 +86,15 @@ class Journal:
         self.finished: dict[str, Any] | None = None
         self._waiting: list[tuple[Tile, int, list[int], int]] = []
         self._by_slice: dict[int, list[Tile]] = {}
-        self._size, self._indexed, self._synced = 0, -1, time.monotonic()
+        # where the next tile and the next line go
+        self._size, self._end = 0, 0
+        self._indexed, self._synced = -1, time.monotonic()
 
     def restart(self) -> None:
         """Nothing is finished."""
         self._forget()
         for file in (self._tiles, self._lines):
             os.ftruncate(file, 0)
-            os.lseek(file, 0, os.SEEK_SET)
         self._write({"about": self.about})
         sync_folder(self.place)
 
@@ -141,7 +144,10 @@ class Journal:
 
     def _write(self, line: dict[str, Any]) -> None:
         text = json.dumps(line, separators=(",", ":"), ensure_ascii=True).encode()
-        _write_all(self._lines, b"%08x %s\n" % (zlib.crc32(text), text))
+        whole = b"%08x %s\n" % (zlib.crc32(text), text)
+        # in the place of one that a full disk cut off: nothing after that would be read
+        _write_all(self._lines, whole, self._end)
+        self._end += len(whole)
         os.fsync(self._lines)
 
     # ---- reading
@@ -183,7 +189,6 @@ class Journal:
 
     def _read(self) -> bool:
         """What the journal is certain of, if it is one; from the first line on that is not whole, nothing."""
-        good = 0
         with os.fdopen(os.dup(self._lines), "rb") as file:
             file.seek(0)
             for line in file:
@@ -191,14 +196,13 @@ class Journal:
                 if found is None:
                     break
                 self._understand(found)
-                good += len(line)
-        os.ftruncate(self._lines, good)
-        os.lseek(self._lines, 0, os.SEEK_END)
+                self._end += len(line)
+        os.ftruncate(self._lines, self._end)
         if self.finished is None:
             self._verify()
-        self._size = max((place + sum(strips) for place, strips, _ in self.done.values()), default=0)
-        os.ftruncate(self._tiles, self._size)
-        return good > 0
+            self._size = max((place + sum(strips) for place, strips, _ in self.done.values()), default=0)
+            os.ftruncate(self._tiles, self._size)
+        return self._end > 0
 
     def _understand(self, line: dict[str, Any]) -> None:
         if "about" in line:
@@ -227,7 +231,11 @@ def _checked(line: bytes) -> dict[str, Any] | None:
     checksum, _, text = line.rstrip(b"\n").partition(b" ")
     if not line.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text):
         return None
-    found: dict[str, Any] = json.loads(text)
+    try:
+        found: dict[str, Any] = json.loads(text)
+    except ValueError:
+        # of no text at all the checksum is 0
+        return None
     return found
 
 
@@ -241,13 +249,12 @@ def _refuse_another(place: Path, was: dict[str, Any], now: dict[str, Any]) -> No
         )
 
 
-def _write_all(file: int, data: bytes, place: int | None = None) -> None:
+def _write_all(file: int, data: bytes, place: int) -> None:
     """All of it: a system may take less at a time."""
     left = memoryview(data)
     while left:
-        count = os.write(file, left) if place is None else os.pwrite(file, left, place)
-        left = left[count:]
-        place = None if place is None else place + count
+        count = os.pwrite(file, left, place)
+        left, place = left[count:], place + count
 
 
 @contextmanager
@@ -267,27 +274,59 @@ def locked(file: Path, *, shared: bool = False) -> Iterator[None]:
             file.unlink(missing_ok=True)
             with suppress(OSError):
                 file.parent.rmdir()
+        elif _named(handle) == _myself():
+            # others stay
+            _name(handle, "")
         os.close(handle)
 
 
 def _hold(file: Path, shared: bool) -> int:
+    until = time.monotonic() + _SECONDS_TO_LEAVE
     while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:
-            # its folder went away in between
+        except (FileExistsError, FileNotFoundError):
+            # its folder went away in between, unless something else is in its place
+            if time.monotonic() > until:
+                raise
             continue
-        if not _flock(handle, alone=not shared):
-            who = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(handle)
-            raise BadInput(f"{file.parent.parent} is being written to by {who}; wait for it, or stop it")
-        # whoever held it before may have removed the file since
-        if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        # of those who share it the first is named, and not who was killed
+        first = _flock(handle, alone=True)
+        if first:
+            _name(handle, _myself())
+        held = _flock(handle, alone=False) if shared else first
+        if held and _is_there(file, handle):
             return handle
+        who = _named(handle) or "another process"
         os.close(handle)
+        if not held:
+            if time.monotonic() > until:
+                raise BadInput(f"{file.parent.parent} is being written to by {who}; wait for it, or stop it")
+            time.sleep(0.01)
+
+
+def _myself() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _name(handle: int, who: str) -> None:
+    # a full disk leaves it nameless
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, who.encode(), 0)
+
+
+def _named(handle: int) -> str:
+    return os.pread(handle, 200, 0).decode(errors="replace").strip()
+
+
+def _is_there(file: Path, handle: int) -> bool:
+    """Whether the file is still this one: whoever held it before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(handle), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _flock(handle: int, *, alone: bool) -> bool:

@@ -110,17 +110,22 @@ def write_result(path: Path, result: Result, within: Path) -> None:
         elif suffix == ".npy":
             _write_numpy(temporary, result)
         else:
-            write_picture(temporary, result.rows(0, 0, 0, result.shape[2]))
+            try:
+                write_picture(temporary, result.rows(0, 0, 0, result.shape[2]))
+            except BadInput as error:
+                # it names the file it was given
+                raise BadInput(str(error).replace(str(temporary), str(path))) from error
 
 
 def _write_tiff(path: Path, result: Result) -> None:
-    compression = "zlib" if result.dtype.kind == "u" else None
     width = result.shape[3]
+    # of planes one pixel wide, tifffile makes pages of another shape, and ImageJ files that lose their axes
+    narrow = width == 1
+    compression = "zlib" if result.dtype.kind == "u" and not narrow else None
     common: dict[str, Any] = {"shape": result.outer, "dtype": result.dtype, "photometric": "minisblack"}
     common |= {"compression": compression, "maxworkers": 1}
     imagej = result.dtype in (np.uint8, np.uint16, np.float32) and result.nbytes < _BIG
-    # of an image one pixel wide, tifffile's ImageJ files lose their axes
-    if imagej and width > 1:
+    if imagej and not narrow:
         metadata = {"axes": result.axes, "min": 0.0, "max": float(max(1.0, result.top))}
         common |= {"imagej": True, "metadata": metadata}
     else:
@@ -180,18 +185,20 @@ def _write_zarr(path: Path, result: Result, within: Path) -> None:
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        levels = _levels(result)
+        # channels come before what lies in space
+        axes = result.axes.replace("ZC", "CZ")
+        levels = _levels(result, axes)
         group = zarr.open_group(temporary, mode="w", zarr_format=3)
         previous: Any = None
         for number, shape in enumerate(levels):
             chunks = (1,) * (len(shape) - 2) + tuple(min(_ZARR_CHUNK, n) for n in shape[-2:])
             level = group.create_array(
-                str(number), shape=shape, dtype=result.dtype, chunks=chunks, dimension_names=list(result.axes.lower()),
+                str(number), shape=shape, dtype=result.dtype, chunks=chunks, dimension_names=list(axes.lower()),
                 compressors=ZstdCodec(level=3, checksum=True),
             )  # fmt: skip
-            _fill(level, result, previous)
+            _fill(level, axes, result, previous)
             previous = level
-        group.attrs["ome"] = _multiscales(path.stem, result.axes, len(levels))
+        group.attrs["ome"] = _multiscales(path.stem, axes, len(levels))
         _sync_all(temporary)
         with _replaced(path, old):
             temporary.rename(path)
@@ -235,30 +242,26 @@ def _replaced(path: Path, old: Path) -> Iterator[None]:
         old.unlink()
 
 
-def _levels(result: Result) -> list[tuple[int, ...]]:
+def _levels(result: Result, axes: str) -> list[tuple[int, ...]]:
     """Sizes of a pyramid, each with half the rows and columns of the one before: viewers need it for large images."""
-    shapes = [result.outer]
+    sides = dict(zip("ZCYX", result.shape, strict=True))
+    shapes = [tuple(sides[axis] for axis in axes)]
     while max(shapes[-1][-2:]) > _SMALLEST_LEVEL:
         shapes.append((*shapes[-1][:-2], *(-(-n // 2) for n in shapes[-1][-2:])))
     return shapes
 
 
-def _fill(level: Any, result: Result, previous: Any) -> None:
+def _fill(level: Any, axes: str, result: Result, previous: Any) -> None:
     """Every chunk of a level; of a smaller one every other row and column of the level before: labels do not mix."""
     height = level.shape[-2]
-    for outer in np.ndindex(level.shape[:-2]):
-        z, plane = _place(result, outer)
+    for z, plane in np.ndindex(result.shape[:2]):
+        outer = tuple({"Z": z, "C": plane}[axis] for axis in axes[:-2])
         for first in range(0, height, _ZARR_CHUNK):
             stop = min(height, first + _ZARR_CHUNK)
             if previous is None:
                 level[(*outer, slice(first, stop))] = result.rows(z, plane, first, stop)
             else:
                 level[(*outer, slice(first, stop))] = previous[(*outer, slice(2 * first, 2 * stop))][::2, ::2]
-
-
-def _place(result: Result, outer: tuple[int, ...]) -> tuple[int, int]:
-    named = dict(zip(result.axes[:-2], outer, strict=True))
-    return named.get("Z", 0), named.get("C", 0)
 
 
 def _multiscales(name: str, axes: str, levels: int) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def verify_seams(
     chosen = np.random.default_rng(seed).permutation(every)[:places]
     answer = Answer("logits" if tta == "none" else "probabilities", np.dtype(np.float64))
     largest, pixels, differ, values = 0.0, 0, 0, []
-    with evaluating(model):
+    # infinities of a diverged net have no difference
+    with evaluating(model), np.errstate(invalid="ignore"):
         for number in chosen:
             z, corner = divmod(int(number), len(corners))
             across = _across(plan, cutter, z, corners[corner])
@@ -81,11 +82,12 @@ def verify_seams(
                 a = a[:, :, columns.start - tile.column : columns.stop - tile.column]
                 b = one[:, rows.start - across.row : rows.stop - across.row]
                 b = b[:, :, columns.start - across.column : columns.stop - across.column]
-                largest = max(largest, float(np.abs(a - b).max()))
+                # NaN stays
+                largest = float(np.maximum(largest, np.abs(a - b).max()))
                 differ += int((a.argmax(0) != b.argmax(0)).sum())
                 pixels += a[0].size
                 values.append(a.reshape(-1))
-    sd = float(np.concatenate(values).std()) if values else 0.0
+        sd = float(np.concatenate(values).std()) if values else 0.0
     limit = _ROUNDING.get(parameter_of(model).dtype, 0.3) * sd
     # a difference that is no number is none that was looked at
     exact = not values or largest <= limit + 1e-12
@@ -97,7 +99,8 @@ def _across(plan: TilePlan, cutter: Cutter, z: int, corner: tuple[int, int]) -> 
     spans = []
     for number, step, keep, n in zip(corner, plan.step, plan.keep, plan.shape, strict=True):
         middle, half = number * step, max(cutter.step, keep // 2 // cutter.step * cutter.step)
-        start = max(0, middle - half) if number else 0
+        # on the grid, whatever the plan
+        start = max(0, middle - half) // cutter.step * cutter.step if number else 0
         spans.append((start, min(n, middle + half if number else keep) - start))
     (row, rows), (column, columns) = spans
     return Tile(z, row, column, rows, columns)

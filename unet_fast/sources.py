@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,16 +129,19 @@ class _Chunked:
     def read(self, z: int, rows: slice, columns: slice) -> Array:
         out = np.empty((self.shape[1], rows.stop - rows.start, columns.stop - columns.start), self.dtype)
         high, wide = self.chunk
-        for channel in range(self.shape[1]):
-            for i in range(rows.start // high, -(-rows.stop // high)):
-                for j in range(columns.start // wide, -(-columns.stop // wide)):
-                    pixels = self._chunk(z, channel, i, j)
-                    # first and last row and column that are wanted, in the image
-                    top, left = max(rows.start, i * high), max(columns.start, j * wide)
-                    bottom, right = min(rows.stop, (i + 1) * high), min(columns.stop, (j + 1) * wide)
-                    out[
-                        channel, top - rows.start : bottom - rows.start, left - columns.start : right - columns.start
-                    ] = pixels[top - i * high : bottom - i * high, left - j * wide : right - j * wide]
+        # channels last: what the next windows need is then always what was used last
+        for i, j, channel in product(
+            range(rows.start // high, -(-rows.stop // high)),
+            range(columns.start // wide, -(-columns.stop // wide)),
+            range(self.shape[1]),
+        ):
+            pixels = self._chunk(z, channel, i, j)
+            # first and last row and column that are wanted, in the image
+            top, left = max(rows.start, i * high), max(columns.start, j * wide)
+            bottom, right = min(rows.stop, (i + 1) * high), min(columns.stop, (j + 1) * wide)
+            out[channel, top - rows.start : bottom - rows.start, left - columns.start : right - columns.start] = pixels[
+                top - i * high : bottom - i * high, left - j * wide : right - j * wide
+            ]
         return out
 
     def _chunk(self, z: int, channel: int, i: int, j: int) -> Array:
@@ -222,13 +226,13 @@ class _MappedPlanes:
     """Uncompressed pages of a TIFF, wherever they lie in the file."""
 
     def __init__(self, path: Path, tiff: tifffile.TiffFile, planes: Array, shape: Sequence[int]) -> None:
-        self.planes, self.shape = planes, tuple(shape)
+        self.path, self.planes, self.shape = path, planes, tuple(shape)
         self.dtype = np.dtype(tiff.series[0].dtype).newbyteorder(tiff.byteorder)
         pages: Any = tiff.series[0].pages
-        self.places = [(page.parent.filehandle.path, page.dataoffsets[0]) for page in pages]
+        self.offsets = [page.dataoffsets[0] for page in pages]
+        size = path.stat().st_size
         for number, page in enumerate(pages):
-            end, size = page.dataoffsets[0] + page.nbytes, page.parent.filehandle.size
-            if end > size:
+            if (end := page.dataoffsets[0] + page.nbytes) > size:
                 raise BadInput(f"{path} is truncated: page {number} ends at byte {end}, the file has {size} bytes")
 
     def __getitem__(self, where: tuple[int, slice, slice, slice]) -> Array:
@@ -236,8 +240,7 @@ class _MappedPlanes:
         return np.stack([self._plane(int(plane))[rows, columns] for plane in self.planes[z]])
 
     def _plane(self, plane: int) -> Array:
-        path, offset = self.places[plane]
-        return np.memmap(path, self.dtype, "r", offset, self.shape[2:])
+        return np.memmap(self.path, self.dtype, "r", self.offsets[plane], self.shape[2:])
 
 
 class _ZarrChunks(_Chunked):
@@ -364,8 +367,8 @@ def _check(path: Path, source: ArraySource | _Chunked, limit: int) -> None:
         raise BadInput(f"{path} must be integer or floating, got {source.dtype}")
     if isinstance(source, _Chunked) and source.piece > limit:
         raise BadInput(
-            f"{path} is compressed in pieces of {readable(source.piece)}, which is more than the {readable(limit)} there are; "
-            f"save it in tiles"
+            f"{path} is compressed in pieces of {readable(source.piece)}, which is more than the {readable(limit)} "
+            f"there are; save it in tiles"
         )
 
 
@@ -532,7 +535,7 @@ def _windows_of(path: Path, tiff: tifffile.TiffFile, axes: str | None, limit: in
         planes = as_slices(path, places.reshape(one), letters)
         shape = (*planes.shape[:2], *(series.shape[letters.index(axis)] for axis in "YX"))
         is_stack = any(axis not in "CSYX" for axis in letters)
-        if all(_is_mapped(p) for p in series.pages):
+        if all(_is_mapped(p) for p in series.pages) and not series.is_multifile:
             planes_in_file = _MappedPlanes(path, tiff, planes[:, :, 0, 0], shape)
             return ArraySource(planes_in_file, name=path.name, is_stack=is_stack)
         return _TiffChunks(path, tiff, planes[:, :, 0, 0], samples, shape, is_stack)
