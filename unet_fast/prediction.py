@@ -163,8 +163,9 @@ def predict_files(
     sources = without_labels(list_sources([image_folder(path) for path in paths]))
     targets = _targets(paths, sources, out, output, suffix)
     settings = _Settings(
-        model, output, axes, tile_in, memory, batch, tta, nan, threshold, min_pixels, resume, seams, progress
-    )
+        model, output, axes, tile_in, memory, batch, tta, nan, threshold, min_pixels, resume, seams, progress,
+        _digest(model),
+    )  # fmt: skip
     settings.check_tile()
     folder, alone = targets[0].parent, len(sources) == 1
     new = not folder.exists()
@@ -182,13 +183,16 @@ def _all(settings: "_Settings", sources: Sequence[Path], targets: Sequence[Path]
     files: list[FileResult] = []
     with (
         locked(targets[0].parent / FOLDER / "lock", shared=alone),
+        held_to(settings.memory, parameter_of(settings.model).device, beside=settings.weights) as (watch, budget),
         evaluating(settings.model),
         Progress("predict", 1 if alone else len(sources), shown=settings.progress) as bar,
     ):
         for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
             shown = _Shown(bar, source.name, alone, number)
+            if watch is not None:
+                watch.restart()
             try:
-                files.append(_File(settings, source, target, shown).result())
+                files.append(_File(settings, source, target, shown, watch, budget).result())
             except (BadInput, MemoryError, RuntimeError) as error:
                 if alone or not (isinstance(error, BadInput) or is_out_of_memory(error)):
                     raise
@@ -280,6 +284,7 @@ class _Settings:
     resume: bool
     seams: bool
     progress: bool
+    digest: str
 
     @property
     def weights(self) -> int:
@@ -304,7 +309,7 @@ class _Settings:
         """What decides each bit of a result, but for the tiles: those are in the journal's plans."""
         return {
             "image": fingerprint(source),
-            "model": _digest(self.model),
+            "model": self.digest,
             "output": "probabilities" if self.output == "probabilities" else "labels",
             "axes": self.axes,
             "tta": self.tta,
@@ -359,14 +364,14 @@ class _File:
     source: Path
     target: Path
     shown: _Shown
+    watch: Watch | None
+    budget: int
 
     def result(self) -> FileResult:
         settings, place = self.settings, _place(self.target)
-        device = parameter_of(settings.model).device
         # another run may write another result of the same folder, but not this one
         with (
             locked(place.with_name(f"{place.name}.lock")),
-            held_to(settings.memory, device, beside=settings.weights) as (watch, budget),
             closing(open_source(self.source, axes=settings.axes, memory=settings.budget)) as image,
         ):
             channels = int(getattr(settings.model, "in_channels", 1))
@@ -375,7 +380,7 @@ class _File:
             check_format(self.target, settings.output, image.is_stack)
             put_back(self.target, place)
             with self._full_disk(place):
-                return self._journalled(place, image, watch, budget)
+                return self._journalled(place, image)
 
     @contextmanager
     def _full_disk(self, place: Path) -> Iterator[None]:
@@ -390,7 +395,7 @@ class _File:
             )
             raise BadInput(f"{self.target} cannot be written: {error.strerror}; {kept}") from error
 
-    def _journalled(self, place: Path, image: Source, watch: Watch | None, budget: int) -> FileResult:
+    def _journalled(self, place: Path, image: Source) -> FileResult:
         settings = self.settings
         classes = int(getattr(settings.model, "out_channels", 2))
         answer = _answer(settings, self.target)
@@ -406,7 +411,7 @@ class _File:
                 return FileResult(self.source, self.target, "kept", pixels=pixels)
             started = time.monotonic()
             greys = Greys(image, getattr(settings.model, "normalisation", None), nan=settings.nan)
-            chosen, computed = self._compute(journal, image, greys, answer, watch, budget)
+            chosen, computed = self._compute(journal, image, greys, answer)
             self._write(journal, image, classes, answer)
             seconds = time.monotonic() - started
             found = None
@@ -442,9 +447,7 @@ class _File:
         journal.sync()
         _to_stderr(f"{len(journal.done)} finished tiles of {self.target.name} are kept; --resume goes on with them")
 
-    def _compute(
-        self, journal: Journal, image: Source, greys: Greys, answer: Answer, watch: Watch | None, budget: int
-    ) -> tuple[Fit, int]:
+    def _compute(self, journal: Journal, image: Source, greys: Greys, answer: Answer) -> tuple[Fit, int]:
         """All tiles that are not finished yet; what they were cut by, and how many pixels were computed."""
         settings = self.settings
         channels_out = answer.shape(int(getattr(settings.model, "out_channels", 2)), 1, 1)
@@ -473,7 +476,9 @@ class _File:
             journal.plan(tile_in=tile_in, batch=batch)
             total["tiles"] = self._left(journal, image)[2]
 
-        work = Inference(settings.model, greys, answer, settings.tta, watch, budget, say=_note, changed=changed)
+        work = Inference(
+            settings.model, greys, answer, settings.tta, self.watch, self.budget, say=_note, changed=changed
+        )
         try:
             work.run(groups, chosen.plan.tile_in, take)
         except BaseException:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import tifffile
@@ -385,13 +385,21 @@ def fingerprint(path: Path) -> dict[str, Any]:
         changed = max((p.stat().st_mtime_ns for p in files), default=0)
         return {"files": len(files), "changed": changed, "sha256": digest.hexdigest()}
     size, end = path.stat().st_size, 32 * 2**20
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(end))
+        _update(digest, file, end)
         if size > 2 * end:
             file.seek(-end, os.SEEK_END)
-        digest.update(file.read())
+        _update(digest, file, end)
     found = {"bytes": size, "sha256": digest.hexdigest()}
     return {**found, "changed": path.stat().st_mtime_ns} if size > 2 * end else found
+
+
+def _update(digest: Any, file: BinaryIO, count: int) -> None:
+    """Take so many bytes into account, a little at a time."""
+    while count > 0 and (part := file.read(min(count, 2**20))):
+        digest.update(part)
+        count -= len(part)
 
 
 def of_axes(array: Any, axes: str) -> Any:
