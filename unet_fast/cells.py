@@ -18,7 +18,7 @@ __all__ = ["Cells", "find_cells"]
 Array = np.ndarray[Any, Any]
 
 # pixels of a band
-_BAND = 2**22
+_BAND = 2**20
 # growing back looks so many rows further
 _CONTEXT = 2
 
@@ -55,7 +55,7 @@ class Cells:
         labels: gives rows [first, stop) of the labels, as often as it is asked.
         height, width: of the plane.
         min_pixels: components smaller than this are dropped.
-        band: rows that are looked at together; None: some four million pixels.
+        band: rows that are looked at together; None: some million pixels.
     """
 
     def __init__(
@@ -98,6 +98,9 @@ class Cells:
                 self._kept[number] = self._ids(number)
         ids = np.concatenate([self._kept[number] for number in bands]) if len(bands) > 1 else self._kept[bands[0]]
         start = bands[0] * self.band
+        if high == self.height:
+            # the last rows: nothing more is asked for, as a rule
+            self._kept = {}
         return _regrown(ids[low - start : high - start])[first - low : stop - low]
 
     def _ids(self, number: int) -> Array:
