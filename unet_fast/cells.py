@@ -98,7 +98,7 @@ class Cells:
                 self._kept[number] = self._ids(number)
         ids = np.concatenate([self._kept[number] for number in bands]) if len(bands) > 1 else self._kept[bands[0]]
         start = bands[0] * self.band
-        if high == self.height:
+        if stop == self.height:
             # the last rows: nothing more is asked for, as a rule
             self._kept = {}
         return _regrown(ids[low - start : high - start])[first - low : stop - low]

@@ -136,7 +136,10 @@ def _sentences() -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         details = str(error).splitlines() or ["nothing more is known"]
-        _stop(f"out of memory; smaller images, or tiles (--tile), need less ({details[0]})", OUT_OF_MEMORY)
+        _stop(
+            f"out of memory; smaller images or tiles (--tile) need less, a larger --memory allows more ({details[0]})",
+            OUT_OF_MEMORY,
+        )
     except KeyboardInterrupt:
         _stop("interrupted", INTERRUPTED)
 

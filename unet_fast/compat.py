@@ -1,6 +1,6 @@
 """FastUNet where code expects something else: outputs of the input's size, or MONAI's sliding windows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class SameSize(nn.Module):
         if x.ndim != 4 or 0 in x.shape[2:]:
             raise BadInput(f"x must be [N, C, H, W] with at least one row and one column, got {list(x.shape)}")
         cutter = Cutter.of(self.model)
-        logits: Tensor = self.model(_window(x, 0, 0, [cutter.smallest(n) for n in x.shape[2:]], cutter))
+        sides = [cutter.smallest(n) for n in x.shape[2:]]
+        logits = _checked("model", self.model(_window(x, 0, 0, sides, cutter)), sides, cutter)
         first = cutter.halo if cutter.same else 0
         return logits[..., first : first + x.shape[2], first : first + x.shape[3]]
 
@@ -46,9 +47,27 @@ def _window(x: Tensor, row: int, column: int, sides: Sequence[int], cutter: Cutt
     return x
 
 
+def _one_tensor(name: str, found: Any) -> Tensor:
+    """What came out, if it is logits."""
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise BadInput(f"{name} must give one tensor [B, K, h, w], got {got}")
+    return found
+
+
+def _checked(name: str, found: Any, sides: Sequence[int], cutter: Cutter) -> Tensor:
+    """What came out for windows of these sides, if it has the size that is expected."""
+    logits = _one_tensor(name, found)
+    expected = [side if cutter.same else side - 2 * cutter.halo for side in sides]
+    if list(logits.shape[2:]) != expected:
+        came, went, due = (" x ".join(str(n) for n in pair) for pair in (logits.shape[2:], sides, expected))
+        raise BadInput(f"{name} gives {came} pixels for {went}, not the {due} of a U-Net of depth {cutter.depth}")
+    return logits
+
+
 def sliding_window_inference(
     inputs: Tensor,
-    roi_size: int | Sequence[int],
+    roi_size: int | Sequence[int | None] | None,
     sw_batch_size: int,
     predictor: Callable[..., Tensor],
     overlap: float | Sequence[float] = 0.25,  # noqa: ARG001 (tiles that are exact need none)
@@ -78,7 +97,7 @@ def sliding_window_inference(
     Args:
         inputs: [N, C, H, W].
         roi_size: rows and columns of a window, or both; the largest legal size up to it is taken, the smallest there is
-            if it is below that; at most what covers the image, which is also taken for 0 and less.
+            if it is below that; at most what covers the image, which is also taken for None, 0 and less.
         sw_batch_size: windows that go through the predictor together.
         predictor: a FastUNet, or any callable on [B, C, h, w] whose output is a U-Net's: smaller by twice a halo of
             6 * 2^depth - 4.
@@ -99,12 +118,16 @@ def sliding_window_inference(
         raise BadInput("roi_weight_map, process_fn and with_coord cannot be kept: nothing is blended here")
     if sw_batch_size < 1:
         raise BadInput(f"sw_batch_size must be 1 or more, got {sw_batch_size}")
-    sides = [roi_size, roi_size] if isinstance(roi_size, int) else list(roi_size)
+    asked = list(roi_size) if isinstance(roi_size, Iterable) else [roi_size, roi_size]
+    if len(asked) != 2 or not all(side is None or hasattr(side, "__index__") for side in asked):
+        raise BadInput(f"roi_size must be one side or rows and columns, got {roi_size!r}")
     on = torch.device(sw_device) if sw_device is not None else inputs.device
     cutter = _cutter(predictor, inputs, on, args, kwargs)
-    tile_in = tuple(
-        min(cutter.legal(side), cutter.smallest(n)) for side, n in zip(sides, inputs.shape[2:], strict=True)
-    )
+    covering = [cutter.smallest(n) for n in inputs.shape[2:]]
+    tile_in = [
+        min(cutter.legal(side), most) if side is not None and side > 0 else most
+        for side, most in zip(asked, covering, strict=True)
+    ]
     steps = [
         n if cutter.right(side) >= n else cutter.keep(side) for side, n in zip(tile_in, inputs.shape[2:], strict=True)
     ]
@@ -120,7 +143,7 @@ def sliding_window_inference(
         for start in range(0, len(tiles), sw_batch_size):
             group = tiles[start : start + sw_batch_size]
             windows = [_window(inputs[t.z : t.z + 1], t.row, t.column, tile_in, cutter) for t in group]
-            found = predictor(torch.cat(windows).to(on), *args, **kwargs)
+            found = _checked("predictor", predictor(torch.cat(windows).to(on), *args, **kwargs), tile_in, cutter)
             if out is None:
                 shape = (len(inputs), found.shape[1], *inputs.shape[2:])
                 out = torch.empty(shape, dtype=found.dtype, device=device or inputs.device)
@@ -141,13 +164,13 @@ def _cutter(
     # can be pooled up to five times
     [side] = geometry.legal_sizes(380, 380, 5)
     with torch.no_grad():
-        found = predictor(inputs.new_zeros((1, inputs.shape[1], side, side), device=on), *args, **kwargs)
-    lost = side - found.shape[-1]
+        window = inputs.new_zeros((1, inputs.shape[1], side, side), device=on)
+        found = _one_tensor("predictor", predictor(window, *args, **kwargs))
     for depth in range(6):
-        if lost == 2 * geometry.halo(depth):
+        if list(found.shape[2:]) == [side - 2 * geometry.halo(depth)] * 2:
             # it does not say how it goes up: what is right for "resize" is right for "deconv"
             return Cutter(depth, "resize", "valid")
     raise BadInput(
-        f"predictor gives {found.shape[-1]} pixels for {side}, which no U-Net of unpadded convolutions does; for nets "
-        f"that keep the size, MONAI's own sliding_window_inference is the right one"
+        f"predictor gives {found.shape[2]} x {found.shape[3]} pixels for {side} x {side}, which no U-Net of unpadded "
+        f"convolutions does; for nets that keep the size, MONAI's own sliding_window_inference is the right one"
     )

@@ -37,6 +37,10 @@ _MOST = 32
 _IN_FLIGHT = 3
 # bytes of one grey value on its way from a file to a window: as read, normalised in float64, and as float32
 _READING = 24
+# of what is remembered of each tile, and of where its result lies; a few thousand tiles are nothing
+_PER_TILE, _FEW = 1000, 10_000
+# sides that are looked at when the smallest does not fit
+_FIRST = 40
 _SECONDS_BETWEEN_LOOKS = 5e-3
 
 
@@ -111,16 +115,25 @@ def fit(
         budget = bytes_of(memory)
     except ValueError as error:
         raise BadInput(str(error)) from error
-    need = _Need(model, source, bytes_out, beside)
     cutter = Cutter.of(model, tta)
+    forecast = _Need(model, source, bytes_out, beside)
+
+    def need(tile: int, batch: int) -> float:
+        return forecast(tile, batch) + _PER_TILE * max(0, _tiles(cutter, tile, shape) - _FEW)
+
     covering = max(cutter.smallest(n) for n in shape[2:])
     limit = covering if device.type == "cuda" else min(covering, max(cutter.usual(n) for n in shape[2:]))
-    least = cutter.smallest(min(cutter.step, *shape[2:]))
+    # tiles are as high as wide in a forecast: the longer side says which is the smallest
+    least = cutter.smallest(min(cutter.step, max(shape[2:])))
     fixed = batch or 1
     side = _largest(cutter, least, limit, lambda tile: need(tile, fixed) <= _MARGIN * budget)
     if side is None:
-        needed = readable(need(least, fixed) / _MARGIN, up=True)
-        raise BadInput(f"memory must be at least {needed}, for tiles of {least} x {least}, got {readable(budget)}")
+        first = range(least, min(limit, least + _FIRST * cutter.step) + 1, cutter.step)
+        cheapest = min(first, key=lambda tile: need(tile, fixed))
+        needed = readable(need(cheapest, fixed) / _MARGIN, up=True)
+        raise BadInput(
+            f"memory must be at least {needed}, for tiles of {cheapest} x {cheapest}, got {readable(budget)}"
+        )
     # no larger than the image needs, along each axis
     cutter.largest = side
     sides = [cutter.usual(n) for n in shape[2:]]
@@ -137,8 +150,11 @@ def fit(
 def _largest(cutter: Cutter, least: int, most: int, fits: Any) -> int | None:
     """The largest side from `least` to `most`, in steps of the pooling grid, that fits; None if none does."""
     low, high = 0, max(0, (most - least) // cutter.step)
-    if not fits(least):
-        return None
+    # where the smallest does not fit, because of how many there would be, one of the next may
+    while not fits(least + low * cutter.step):
+        low += 1
+        if low > min(high, _FIRST):
+            return None
     while low < high:
         middle = (low + high + 1) // 2
         if fits(least + middle * cutter.step):
@@ -146,6 +162,12 @@ def _largest(cutter: Cutter, least: int, most: int, fits: Any) -> int | None:
         else:
             high = middle - 1
     return least + low * cutter.step
+
+
+def _tiles(cutter: Cutter, side: int, shape: Sequence[int]) -> int:
+    covers, keep = cutter.right(side), max(1, cutter.keep(side))
+    rows, columns = (1 if covers >= cutter.reach(n) else -(-n // keep) for n in shape[2:])
+    return int(shape[0] * rows * columns)
 
 
 class _Need:

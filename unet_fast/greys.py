@@ -20,10 +20,10 @@ Array = np.ndarray[Any, Any]
 # what to do with pixels that are NaN or infinite
 NAN = ("refuse", "fill")
 
-# pixels that are looked at together
-_BAND = 2**22
+# pixels that are looked at together: counting takes some forty bytes of each
+_BAND = 2**19
 # planes up to this many pixels are sorted in memory instead
-_SORTED = 2**22
+_SORTED = 2**19
 
 
 class Greys:
@@ -93,11 +93,11 @@ class Greys:
             return self.normalisation.scaled(plane, low, high)
 
     def _bands(self, z: int) -> Iterator[tuple[int, Array]]:
-        """(first row, [C, rows, columns]) of a slice; whole chunks of what is compressed, so that each comes once."""
+        """(first row, [C, rows, columns]) of a slice."""
         height, width = self.shape[2:]
-        rows = max(1, _BAND // width)
-        chunk = getattr(self.source, "chunk", (1, 1))[0]
-        rows = -(-rows // chunk) * chunk
+        rows = max(1, _BAND // (width * self.shape[1]))
+        # a row of chunks, so that each is decoded once
+        self.source.reserve(0)
         for row in range(0, height, rows):
             pixels = self.source.read(z, slice(row, min(height, row + rows)), slice(0, width))
             yield row, pixels.view(np.uint8) if pixels.dtype == bool else pixels

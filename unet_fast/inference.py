@@ -409,6 +409,8 @@ def predict(
         out = np.empty(shape, answer.dtype)
     elif tuple(out.shape) != shape:
         raise BadInput(f"out must have shape {list(shape)}, got {list(out.shape)}")
+    elif output != "labels" and _whole_numbers(out):
+        raise BadInput(f"out must be floating to hold {output}, got {out.dtype}")
     with evaluating(model):
         bytes_out = answer.dtype.itemsize * (1 if output == "labels" else classes)
         chosen = fit(model, source, tile_in=tile_in, memory=memory, batch=batch, tta=tta, bytes_out=bytes_out)
@@ -434,6 +436,13 @@ def predict(
             work = Inference(model, greys, answer, tta, watch=watch, budget=budget)
             work.run(groups, plan.tile_in, take)
     return torch.from_numpy(out).to(image.device) if made_here and isinstance(image, Tensor) else out
+
+
+def _whole_numbers(out: Any) -> bool:
+    dtype = getattr(out, "dtype", None)
+    if isinstance(dtype, torch.dtype):
+        return not dtype.is_floating_point
+    return dtype is not None and np.dtype(dtype).kind != "f"
 
 
 def _source(image: Any, axes: str | None, channels: int) -> tuple[Source, bool]:

@@ -13,7 +13,7 @@ import socket
 import time
 import zlib
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,11 @@ class Journal:
             self.done.update({tile: (place, strips, crc) for tile, place, strips, crc in self._waiting})
             self._waiting.clear()
         self._synced = time.monotonic()
+
+    def forget(self, tiles: Iterable[Tile]) -> None:
+        """They are done again."""
+        for tile in tiles:
+            self.done.pop(tile, None)
 
     def finish(self, **about: Any) -> None:
         """The result is whole, and in its place; its tiles are not needed any more."""

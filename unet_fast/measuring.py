@@ -239,6 +239,8 @@ def capped(device: torch.device, budget_bytes: int | None) -> Iterator[None]:
         given = readable(budget_bytes)
         raise BadInput(f"memory must be above {readable(CONTEXT_BYTES)}, which CUDA itself takes, got {given}")
     card = torch.cuda.get_device_properties(device).total_memory
+    # what is kept for later counts
+    torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / card), device)
     try:
         yield

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import __version__
 from .cells import Cells
 from .errors import BadInput
 from .files import writable_folder
@@ -160,7 +161,7 @@ def predict_files(
     """
     _check(model, output, threshold, tta, nan, suffix)
     paths = [images] if isinstance(images, Path) else list(images)
-    sources = without_labels(list_sources([image_folder(path) for path in paths]))
+    sources = _sources(paths)
     targets = _targets(paths, sources, out, output, suffix)
     settings = _Settings(
         model, output, axes, tile_in, memory, batch, tta, nan, threshold, min_pixels, resume, seams, progress,
@@ -224,6 +225,16 @@ def _check(model: nn.Module, output: str, threshold: float | None, tta: str, nan
     two = int(getattr(model, "out_channels", 2)) == 2
     if threshold is not None and not (0 <= threshold <= 1 and output != "probabilities" and two):
         raise BadInput(f"threshold must lie between 0 and 1, for cells of two classes, got {threshold:g} for {output}")
+
+
+def _sources(paths: Sequence[Path]) -> list[Path]:
+    """The images of files and folders, each once; in a folder without the labels that lie beside their images."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        inside = list_sources([image_folder(path)])
+        for each in without_labels(inside) if path.is_dir() else inside:
+            found.setdefault(each.resolve(), each)
+    return list(found.values())
 
 
 def _targets(paths: Sequence[Path], sources: Sequence[Path], out: Path, output: str, suffix: str) -> list[Path]:
@@ -310,6 +321,8 @@ class _Settings:
         return {
             "image": fingerprint(source),
             "model": self.digest,
+            "version": f"unet_fast {__version__}, torch {torch.__version__}",
+            "device": parameter_of(self.model).device.type,
             "output": "probabilities" if self.output == "probabilities" else "labels",
             "axes": self.axes,
             "tta": self.tta,
@@ -445,7 +458,8 @@ class _File:
 
     def _kept(self, journal: Journal) -> None:
         journal.sync()
-        _to_stderr(f"{len(journal.done)} finished tiles of {self.target.name} are kept; --resume goes on with them")
+        if journal.done:
+            _to_stderr(f"{len(journal.done)} finished tiles of {self.target.name} are kept; --resume goes on with them")
 
     def _compute(self, journal: Journal, image: Source, greys: Greys, answer: Answer) -> tuple[Fit, int]:
         """All tiles that are not finished yet; what they were cut by, and how many pixels were computed."""
@@ -463,6 +477,8 @@ class _File:
         )
         self._agree(journal, chosen)
         chosen, groups, tiles = self._left(journal, image)
+        # of a group of which a tile was damaged, all are done again
+        journal.forget(tile for group in groups for tile in group)
         left = sum(map(len, groups))
         total = {"tiles": tiles}
         self.shown.begin(tiles, tiles - left)
@@ -476,6 +492,9 @@ class _File:
             journal.plan(tile_in=tile_in, batch=batch)
             total["tiles"] = self._left(journal, image)[2]
 
+        if self.watch is not None:
+            # what reading took before is not the tiles'
+            self.watch.restart()
         work = Inference(
             settings.model, greys, answer, settings.tta, self.watch, self.budget, say=_note, changed=changed
         )

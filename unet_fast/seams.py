@@ -115,11 +115,20 @@ def _overlap(a: Tile, b: Tile) -> tuple[slice, slice] | None:
 def _computed(
     model: nn.Module, greys: Greys, answer: Answer, tta: str, tiles: Sequence[Tile], sides: tuple[int, int]
 ) -> list[Array]:
-    found: list[Array] = []
-    Inference(model, greys, answer, tta).run(
-        [[tile] for tile in tiles], sides, lambda _, results: found.extend(results)
-    )
-    return found
+    return [_one(model, greys, answer, tta, tile, sides) for tile in tiles]
+
+
+def _one(model: nn.Module, greys: Greys, answer: Answer, tta: str, tile: Tile, sides: tuple[int, int]) -> Array:
+    """[K, rows, columns] of a tile, or of its parts where there was no memory for it."""
+    out = np.empty((int(getattr(model, "out_channels", 2)), tile.rows, tile.columns))
+
+    def take(parts: Sequence[Tile], results: Sequence[Array]) -> None:
+        for part, result in zip(parts, results, strict=True):
+            row, column = part.row - tile.row, part.column - tile.column
+            out[:, row : row + part.rows, column : column + part.columns] = result
+
+    Inference(model, greys, answer, tta).run([[tile]], sides, take)
+    return out
 
 
 def seam_check(model: nn.Module, image: Any, *, tile_in: int | None = None, axes: str | None = None) -> dict[str, Any]:
