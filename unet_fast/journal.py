@@ -101,6 +101,8 @@ class Journal:
     def close(self) -> None:
         for file in (self._tiles, self._lines):
             os.close(file)
+        # a thread that has not heard of it writes into no other file that gets these numbers
+        self._tiles = self._lines = -1
 
     # ---- writing
 

@@ -300,6 +300,19 @@ def test_a_finished_one_says_so_until_it_is_begun_anew(made: Made) -> None:
     journal.close()
 
 
+def test_what_is_added_to_a_closed_one_goes_into_no_other_file(made: Made, tmp_path: Path) -> None:
+    journal = made.open()
+    journal.close()
+    others = [os.open(tmp_path / f"{number}", os.O_RDWR | os.O_CREAT) for number in range(4)]
+    for late in (lambda: journal.add(made.tiles[:1], [_of(made.image, made.tiles[0])]), journal.finish):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            late()
+    assert not any(os.fstat(other).st_size for other in others)
+    for other in others:
+        os.close(other)
+    assert len(made.check("closed")) == 5
+
+
 # ---- a full disk
 
 

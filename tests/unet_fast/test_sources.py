@@ -152,19 +152,17 @@ def _scattered(folder: Path) -> Written:
 
 def _swapped(folder: Path) -> Written:
     """Raw pages in strips that follow each other, but for the first two of the second page."""
-    written = _page_by_page(rowsperstrip=8)(folder)
-    with tifffile.TiffFile(written.path) as tiff:
+    array, path = _of_axes("ZYX"), folder / "x.ome.tif"
+    tifffile.imwrite(path, array, photometric="minisblack", rowsperstrip=8, ome=True, metadata={"axes": "ZYX"})
+    with tifffile.TiffFile(path) as tiff:
         offsets = tiff.pages[1].tags[273]
         assert offsets.dtype == 4
-    content = bytearray(written.path.read_bytes())
-    first, second = (
-        slice(offsets.valueoffset, offsets.valueoffset + 4),
-        slice(offsets.valueoffset + 4, offsets.valueoffset + 8),
-    )
-    content[first], content[second] = content[second], content[first]
-    written.path.write_bytes(content)
-    written.pixels[1, 0, :16] = np.roll(written.pixels[1, 0, :16], 8, axis=0)
-    return written
+    content = bytearray(path.read_bytes())
+    first, second, end = (offsets.valueoffset + 4 * n for n in range(3))
+    content[first:second], content[second:end] = content[second:end], content[first:second]
+    path.write_bytes(content)
+    array[1, :16] = np.roll(array[1, :16], 8, axis=0)
+    return Written(path, array[:, None], True)
 
 
 def _two_files(folder: Path, dtype: Any = "u1", **options: Any) -> Written:
@@ -241,7 +239,7 @@ TIFFS: dict[str, Callable[[Path], Written]] = {
     "slices of colours apart": _colours("ZSYX"),
     # chunks
     "strips backwards": _scattered,
-    "strips of the second page in another order": _swapped,
+    "strips of the second page swapped": _swapped,
     "tiles": _tiff("ZYX", tile=(16, 32)),
     "tiles, big-endian": _tiff("ZYX", "f4", tile=(16, 32), byteorder=">"),
     "a tile larger than the image": _tiff("YX", tile=(96, 128), compression="zlib"),
@@ -284,6 +282,14 @@ TIFFS: dict[str, Callable[[Path], Written]] = {
 }
 # tifffile alone cannot write these, or read them
 ENCODED = ("LZW", "JPEG", "Zstandard", "bits", "predictor", "packbits")
+
+
+_ONE_SIZE = "read_stack compares places in the second file with the size of the first"
+NOT_AS_A_STACK = {
+    "an OME in two files": _ONE_SIZE,
+    "an OME in two files, zlib": _ONE_SIZE,
+    "strips of the second page swapped": "tifffile takes a page's strips to lie as the first page's do",
+}
 
 
 # ---- pictures, NumPy, Zarr
@@ -463,8 +469,8 @@ def test_every_layout_is_read_as_it_was_written(layout: str, written: Callable[[
 @pytest.mark.parametrize("layout", [*TIFFS, *(name for name in OTHERS if name.startswith(("PNG", "BMP")))])
 def test_every_layout_is_read_as_read_stack_does(layout: str, written: Callable[[str], Written]) -> None:
     image = written(layout)
-    if "in two files" in layout:
-        pytest.skip("read_stack compares places in the second file with the size of the first")
+    if layout in NOT_AS_A_STACK:
+        pytest.skip(NOT_AS_A_STACK[layout])
     whole = read_stack(image.path, axes=image.axes)
     with closing(open_source(image.path, axes=image.axes)) as source:
         np.testing.assert_array_equal(_all(source), whole.pixels)
