@@ -9,7 +9,7 @@ RUN    := .venv/bin/python
 STAMP  := .venv/installed
 LINUX  := $(filter Linux,$(shell uname -s))
 
-.PHONY: demo test check bench native soak
+.PHONY: demo test check lint bench native soak
 
 $(STAMP): pyproject.toml CMakeLists.txt kernels/native/CMakeLists.txt $(wildcard kernels/native/src/* kernels/native/include/*)
 	test -x $(RUN) || $(PYTHON) -m venv .venv
@@ -33,12 +33,15 @@ ifneq ($(LINUX),)
 	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/unet_kernels -m "not interpreter" -k "compiled_code and float16 and channels_last"
 endif
 
-# before every commit; under three minutes, two tests at a time with a thread each
-check: $(STAMP)
+# style, types, contracts
+lint: $(STAMP)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	PYTHONPATH=.:kernels .venv/bin/lint-imports
+
+# before every commit; under three minutes, two tests at a time with a thread each
+check: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not gpu and not slow and not interpreter"
 
 bench: $(STAMP)

@@ -32,6 +32,9 @@ from unet_fast.journal import FOLDER
 from unet_fast.prediction import FileResult, predict_files
 from unet_fast.storage import load, save
 
+# seconds each; what the quick tests see of it is in test_prediction.py
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 # of random interruptions; `make soak` asks for more, and tries every call where one in three shows nearly as much
@@ -363,9 +366,6 @@ def test_finished_tiles_that_a_disk_has_damaged_are_done_again(batch: int, refus
 SLOW = """
 import time
 from unet_fast import cli, journal, model
-
-# seconds each; what the quick tests see of it is in test_prediction.py
-pytestmark = pytest.mark.slow
 
 def slow(self, x, forward=model.FastUNet.forward):
     time.sleep(0.1)
