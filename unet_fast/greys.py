@@ -54,6 +54,9 @@ class Greys:
 
     def read(self, z: int, rows: slice, columns: slice) -> Array:
         """[C, rows, columns], as it goes into the net."""
+        if self.normalisation is not None:
+            # before a window is kept: looking for them drops it
+            self.limits(z, 0)
         pixels = self.source.read(z, rows, columns)
         if pixels.dtype == bool:
             # a mask is no number to a percentile
@@ -96,11 +99,14 @@ class Greys:
         """(first row, [C, rows, columns]) of a slice."""
         height, width = self.shape[2:]
         rows = max(1, _BAND // (width * self.shape[1]))
-        # a row of chunks, so that each is decoded once
-        self.source.reserve(0)
-        for row in range(0, height, rows):
-            pixels = self.source.read(z, slice(row, min(height, row + rows)), slice(0, width))
-            yield row, pixels.view(np.uint8) if pixels.dtype == bool else pixels
+        # a row of chunks, so that each is decoded once; what windows need is kept again afterwards
+        before = self.source.reserve(0)
+        try:
+            for row in range(0, height, rows):
+                pixels = self.source.read(z, slice(row, min(height, row + rows)), slice(0, width))
+                yield row, pixels.view(np.uint8) if pixels.dtype == bool else pixels
+        finally:
+            self.source.reserve(before)
 
     def _finite(self, z: int) -> Iterator[list[Array]]:
         """The same, as the finite values of each channel."""

@@ -57,8 +57,8 @@ class Source(Protocol):
     def read(self, z: int, rows: slice, columns: slice) -> Array:
         """[C, rows, columns]; the slices have a start and a stop, inside the image."""
 
-    def reserve(self, rows: int) -> None:
-        """Keep what windows of so many rows share with those that come next."""
+    def reserve(self, rows: int) -> int:
+        """Keep what windows of so many rows share with those that come next; returns how many rows it was for."""
 
     def held_bytes(self, rows: int) -> int:
         """Bytes of memory that this takes while windows of so many rows are read."""
@@ -83,8 +83,8 @@ class ArraySource:
     def read(self, z: int, rows: slice, columns: slice) -> Array:
         return np.asarray(self.array[z, :, rows, columns])
 
-    def reserve(self, rows: int) -> None:
-        pass
+    def reserve(self, rows: int) -> int:
+        return rows
 
     def held_bytes(self, rows: int) -> int:  # noqa: ARG002 (as of every source)
         return self.held
@@ -107,12 +107,14 @@ class _Chunked:
         self.dtype = np.dtype(dtype)
         self.piece = piece * self.dtype.itemsize
         self._kept: OrderedDict[tuple[int, ...], Array] = OrderedDict()
-        self._bytes, self._capacity = 0, _ALWAYS_KEPT
+        self._bytes, self._capacity, self._rows = 0, _ALWAYS_KEPT, 0
         # a chunk is never decoded twice, as long as windows come row by row
         self.decoded = 0
 
-    def reserve(self, rows: int) -> None:
+    def reserve(self, rows: int) -> int:
+        before, self._rows = self._rows, rows
         self._capacity = self.held_bytes(rows)
+        return before
 
     def held_bytes(self, rows: int) -> int:
         depth, channels, *sides = self.shape

@@ -73,6 +73,8 @@ LOG_COLUMNS = (
 _FREE_ON_RESUME = ("out", "device", "memory", "recompute", "log_every", "images", "labels")
 
 # the heap of a CPU's process grows by up to a tenth over its first steps; a GPU's allocator is held to the budget
+# what the same work takes more or less of a CPU, from time to time
+_NOISE_BYTES = 500_000
 _HEADROOM = {"cpu": 0.9}
 
 # what a validation may take, of what is counted for a step
@@ -250,6 +252,8 @@ def _inside_budget(config: TrainConfig, device: torch.device, say: Callable[[str
         between = apart(_measure_between_steps, config.with_(out=Path(place), **steps), device).bytes
     needed = None if between is None else between / _HEADROOM.get(device.type, 1.0)
     if needed is not None and needed > budget:
+        # it never takes quite the same
+        needed += _NOISE_BYTES
         what = "validation and checkpoints take that, whatever the tile"
         raise BadInput(f"memory must be at least {readable(needed, up=True)}: {what}; got {config.memory}")
     return config, choice

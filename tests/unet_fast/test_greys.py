@@ -5,17 +5,20 @@ refused with its place, or filled without moving anything else.
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 
 from tests.proof.properties import given, settings, st
-from unet_fast import greys
+from unet_fast import greys, sources
 from unet_fast.errors import BadInput
 from unet_fast.greys import Greys, order_statistics
 from unet_fast.normalisation import KINDS, Normalisation
-from unet_fast.sources import ArraySource
+from unet_fast.sources import ArraySource, open_source
 
 Array = np.ndarray[Any, Any]
 
@@ -172,6 +175,39 @@ def test_a_plane_is_looked_at_in_bands_and_its_limits_once(monkeypatch: pytest.M
         for _ in range(3):
             found.read(0, slice(0, 5), slice(0, 7))
         assert source.reads == reads + 3
+
+
+@pytest.mark.parametrize(("dtype", "passes"), [("u1", 1), ("u2", 1), ("f4", 2)])
+def test_looking_for_percentiles_leaves_what_is_kept_for_windows(
+    dtype: str, passes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greys, "_SORTED", 0)
+    monkeypatch.setattr(greys, "_BAND", 3000)
+    monkeypatch.setattr(sources, "_ALWAYS_KEPT", 0)
+    image = _image((2, 1, 200, 150), dtype)
+    more: dict[str, Any] = {"photometric": "minisblack", "compression": "zlib", "metadata": {"axes": "ZYX"}}
+    tifffile.imwrite(tmp_path / "x.tif", image[:, 0], tile=(16, 32), **more)
+    chunks = 2 * 13 * 5
+    with closing(open_source(tmp_path / "x.tif")) as source:
+        assert not isinstance(source, ArraySource)
+        # NaN is looked for first, where there may be some
+        found = Greys(source, Normalisation())
+        before = source.decoded
+        assert before == (chunks if dtype == "f4" else 0)
+        # the limits are found when the first window of a slice is read
+        source.reserve(100)
+        for z in range(2):
+            for row in range(0, 200, 40):
+                for column in range(0, 150, 50):
+                    rows, columns = slice(max(0, row - 30), min(200, row + 70)), slice(column, column + 50)
+                    wanted = Normalisation()(image)[z, :, rows, columns]
+                    _same_bits(found.read(z, rows, columns), wanted)
+        # sixteen bits a pass, and once for the windows
+        assert source.decoded - before == chunks * (passes + 1)
+        # and nothing of the slice is decoded again
+        now = source.decoded
+        found.read(1, slice(170, 200), slice(0, 150))
+        assert source.decoded == now
 
 
 # ---- order statistics
