@@ -73,9 +73,9 @@ LOG_COLUMNS = (
 _FREE_ON_RESUME = ("out", "device", "memory", "recompute", "log_every", "images", "labels")
 
 # the heap of a CPU's process grows by up to a tenth over its first steps; a GPU's allocator is held to the budget
+_HEADROOM = {"cpu": 0.9}
 # what the same work takes more or less of a CPU, from time to time
 _NOISE_BYTES = 500_000
-_HEADROOM = {"cpu": 0.9}
 
 # what a validation may take, of what is counted for a step
 _OF_A_STEP = 0.6
