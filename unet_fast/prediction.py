@@ -143,7 +143,8 @@ def predict_files(
         out: for one image a file (.tif, .png, .npy, .zarr), otherwise a folder, in which results have the images'
             names.
         output: "labels", the class of each pixel; "instances", cell ids (`unet_fast.cells.find_cells`);
-            "probabilities", [K, H, W] or [Z, K, H, W]: float32 in a TIFF, float16 in NumPy and Zarr.
+            "probabilities", [K, H, W] or [Z, K, H, W] ([K, Z, H, W] in a Zarr, as OME-Zarr wants it): float32 in a
+            TIFF, float16 in NumPy and Zarr.
         axes: of the images, where they do not say.
         tile_in, memory, batch, tta, nan: see `unet_fast.predict`. A budget covers, on a CPU, all of the process's
             memory above what it held after its imports, the model included.
