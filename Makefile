@@ -25,7 +25,7 @@ $(OLD)/installed:
 # every test this machine can run, in every lane it has
 test: $(STAMP) $(if $(LINUX),$(OLD)/installed)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "not interpreter and not slow"
-	$(RUN) -m pytest -q -m "slow and not interpreter"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "slow and not interpreter"
 ifneq ($(LINUX),)
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -m interpreter
 	PYTHONPATH=$(OLD) TRITON_INTERPRET=1 $(RUN) -m pytest -q -m "interpreter and not slow"
