@@ -1,5 +1,6 @@
 """What every test has: a device, a seed, and a reason beside every skip."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="runs a Triton kernel: needs TRITON_INTERPRET=1 or --device cuda"))
         if "interpreter" not in item.keywords and INTERPRETED:
             item.add_marker(pytest.mark.skip(reason="belongs to the lane without TRITON_INTERPRET"))
+
+
+def pytest_collection_finish() -> None:
+    # five thousand tests are millions of objects that stay to the end: no collection need look at them again
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

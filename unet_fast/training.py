@@ -83,6 +83,9 @@ _OF_A_STEP = 0.6
 # tiles of a whole image that a trial looks at
 _TRIED = 4
 
+# steps of a trial, where they are short: the fastest is what a step takes on a machine that does nothing else
+_CALLS = 3
+
 # a step that found no memory is tried again with a tile of at most this share of its bytes
 _SMALLER = 0.85
 
@@ -263,11 +266,11 @@ def _measure_steps(config: TrainConfig, device: torch.device) -> Measured:
     """Of a batch of tiles; where a step sees whole images, a tile's share of it, by a few of their tiles."""
     run, meter = _trial(config, device)
     if config.accumulate == "tile":
-        return meter.measure(run.one_step, calls=3, within_s=10.0)
+        return meter.measure(run.one_step, calls=_CALLS, within_s=10.0)
     started = time.perf_counter()
     pieces = [target.numel() for _, target, _ in run.pieces()]
     drawing, tried = time.perf_counter() - started, min(_TRIED, len(pieces))
-    found = meter.measure(lambda: run.one_step(tried), calls=2, within_s=10.0)
+    found = meter.measure(lambda: run.one_step(tried), calls=_CALLS, within_s=10.0)
     # what else a machine does may have made drawing slow
     of_tiles = max(found.seconds - drawing, 0.1 * found.seconds)
     whole = drawing + of_tiles * len(pieces) / tried

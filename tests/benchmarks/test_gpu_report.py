@@ -168,6 +168,7 @@ def test_the_counts_of_pytest_are_read():
         correctness.judge(None, ["...."])
 
 
+@pytest.mark.slow
 def test_a_pytest_that_hangs_is_ended(tmp_path):
     (tmp_path / "test_sleep.py").write_text("import time\ndef test_sleep(): time.sleep(60)\n")
     started = time.monotonic()

@@ -113,9 +113,9 @@ def apart(a: list[Tensor], b: list[Tensor]) -> float:
 TILES = {1: (30, 46, 120), 2: (52, 68, 100), 3: (116, 156)}
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [2, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("up_mode", ["deconv", "resize"])
-@pytest.mark.parametrize("depth", TILES)
+@pytest.mark.parametrize("depth", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_gradient_of_a_step_is_that_of_the_images_in_one_piece(
     depth: int, up_mode: str, batch: int, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +260,7 @@ def numbers(log: list[dict[str, float | None]], *names: str) -> list[float]:
     return [row[name] or 0.0 for row in log for name in names if row[name] is not None]
 
 
+@pytest.mark.slow
 def test_two_tiles_make_the_same_run(mixed: Path, tmp_path: Path) -> None:
     logs = []
     for tile, memory in ((40, None), (50, "1GB"), (None, None)):
@@ -330,6 +331,7 @@ def test_a_tile_too_small_to_be_one_of_many_is_refused_before_anything_is_writte
     assert not [p for p in run.rglob("*") if p.is_file()]
 
 
+@pytest.mark.slow
 def test_the_speed_of_a_trial_is_that_of_whole_images(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

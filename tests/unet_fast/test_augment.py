@@ -34,6 +34,7 @@ def test_a_generator_is_made_of_its_three_numbers_alone(seed: int, epoch: int, i
         assert not torch.equal(torch.rand(4, generator=ElasticWarp.generator(*other)), a)
 
 
+@pytest.mark.slow
 def test_the_stream_is_the_same_in_another_process_and_next_year() -> None:
     program = (
         "from unet_fast import ElasticWarp; import torch;"

@@ -154,6 +154,7 @@ def test_the_eight_versions_are_the_eight_symmetries() -> None:
     assert [len(averaging.versions_of(tta, (5, 7))) for tta in ("none", "d4", "rot7")] == [1, 8, 7]
 
 
+@pytest.mark.slow
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     depth=st.integers(0, 3),
@@ -293,7 +294,7 @@ def poisoned(model: FastUNet, cutter: Cutter, first: int, count: int, beyond: in
 
 @pytest.mark.parametrize("padding", ["valid", "same"])
 @pytest.mark.parametrize("up_mode", ["deconv", "resize"])
-@pytest.mark.parametrize("depth", range(6))
+@pytest.mark.parametrize("depth", [0, 1, 2, 3, *(pytest.param(deep, marks=pytest.mark.slow) for deep in (4, 5))])
 def test_garbage_beyond_what_is_looked_at_changes_nothing(depth: int, up_mode: str, padding: str) -> None:
     model = open_net(depth, up_mode, padding)
     cutter = Cutter.of(model)

@@ -192,6 +192,7 @@ def test_monai_agrees_about_its_arguments() -> None:
         assert ours[name].default == getattr(each.default, "value", each.default), name
 
 
+@pytest.mark.slow
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 60), st.integers(1, 60)),
     depth=st.integers(0, 3),

@@ -37,6 +37,12 @@ def unmade(features: tuple[int, ...], **settings_: Any) -> FastUNet:
         return FastUNet(features=features, **settings_)
 
 
+def forecast(model: nn.Module, source: ArraySource, tta: str, side: int, batch: int) -> float:
+    """Bytes of a prediction with tiles of a side: of those in flight, and of what is remembered of very many."""
+    many = max(0, fitting._tiles(Cutter.of(model, tta), side, source.shape) - fitting._FEW)
+    return fitting._Need(model, source, 1, 0)(side, batch) + fitting._PER_TILE * many
+
+
 NETS: dict[str, Any] = {
     "features": st.sampled_from([(4, 8), (16, 32, 64), (32, 64, 128, 256), (64, 128, 256, 512, 1024)]),
     "up_mode": st.sampled_from(["deconv", "resize"]),
@@ -54,7 +60,10 @@ def test_tiles_fit_by_their_own_forecast_and_are_no_larger_than_usual(
     model, source = unmade(features, up_mode=up_mode), source_of(*shape)
     cutter = Cutter.of(model, tta)
     usual = plan_tiles(shape, model=model, tta=tta)
-    need = fitting._Need(model, source, 1, 0)
+
+    def need(side: int, batch: int) -> float:
+        return forecast(model, source, tta, side, batch)
+
     try:
         found = fit(model, source, memory=budget, batch=batch, tta=tta)
     except BadInput:
@@ -109,8 +118,7 @@ def test_what_a_refusal_asks_for_is_enough_and_no_more_than_needed(
     assert fit(model, source, memory=sentence[1], batch=batch, tta=tta).batch == (batch or 1)
     # to the digits that are written
     side = int(sentence[2])
-    many = max(0, fitting._tiles(Cutter.of(model, tta), side, shape) - fitting._FEW)
-    exactly = (fitting._Need(model, source, 1, 0)(side, batch or 1) + fitting._PER_TILE * many) / 0.95
+    exactly = forecast(model, source, tta, side, batch or 1) / 0.95
     assert side == int(sentence[3])
     assert exactly <= bytes_of(sentence[1]) < 1.02 * exactly + 10**6
     with pytest.raises(BadInput, match="memory must be at least"):
@@ -301,6 +309,7 @@ def test_memory_that_grows_faster_than_tiles_is_not_underestimated(monkeypatch: 
     assert need(300, 3) >= 2.9 * need(300, 1) - 24 * 300**2 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(Meter(torch.device("cpu")).peak() is None, reason="needs /proc")
 def test_a_real_net_that_is_measured_takes_about_what_it_counts() -> None:
     model = grey_net((16, 32, 32))

@@ -204,7 +204,7 @@ class Looked:
         return max(rows for rows, _ in spans), max(columns for _, columns in spans)
 
 
-@pytest.mark.parametrize("tta", ["none", "d4", "rot7"])
+@pytest.mark.parametrize("tta", ["none", "d4", pytest.param("rot7", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("padding", ["valid", "same"])
 def test_no_more_than_a_window_is_read_at_a_time(tta: str, padding: str) -> None:
     model = tiny(1, padding=padding)
@@ -506,13 +506,38 @@ def test_an_allocator_that_refuses_once_makes_tiles_smaller_and_changes_nothing(
         with Hooked(model, refuses) as hook:
             got = predict(model, image, tile_in=tile, batch=batch, tta=tta, output="probabilities")
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)
-        # only then does anything become smaller, tiles or their number; and what was finished is not done again
+        # only then does anything become smaller, tiles or their number
         sides = hook.sides
         assert all(each[1:] == usual[1:] for each in sides[:at])
         assert len(sides) > at
         assert all(
             each[0] < usual[0] or max(each[2:]) < max(usual[2:]) for each in sides[at:] if sides[at - 1] == usual
         )
+
+
+class Counted:
+    """A place for labels that counts how often each was written."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape, self.times = shape, np.zeros(shape, int)
+
+    def __setitem__(self, where: Any, _: Any) -> None:
+        self.times[where] += 1
+
+
+@pytest.mark.usefixtures("all_as_before", "hasty")
+@pytest.mark.parametrize(("tta", "batch"), [("none", 1), ("none", 2), ("d4", 1)])
+def test_what_was_finished_before_memory_ran_out_is_not_done_again(tta: str, batch: int) -> None:
+    model, image = tiny(1), picture(45, 50)
+    for at in (1, 2, 5, 9):
+
+        def refuses(call: int, _: Tensor, at: int = at) -> None:
+            if call == at:
+                raise torch.OutOfMemoryError("out of memory")
+
+        with Hooked(model, refuses):
+            out = predict(model, image, tile_in=36, batch=batch, tta=tta, out=Counted(45, 50))
+        assert (out.times == 1).all()
 
 
 @pytest.mark.usefixtures("all_as_before", "hasty")
@@ -664,14 +689,15 @@ def anonymous(process: int) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize(
     ("features", "side", "budget", "tta"),
     [
         ((4, 8, 16), 3000, "200MB", "none"),
-        pytest.param((16, 32, 64, 64), 3000, "200MB", "none", marks=pytest.mark.slow),
-        pytest.param((16, 32, 64), 700, "100MB", "d4", marks=pytest.mark.slow),
-        pytest.param((16, 32, 64), 700, "100MB", "rot7", marks=pytest.mark.slow),
+        ((16, 32, 64, 64), 3000, "200MB", "none"),
+        ((16, 32, 64), 700, "100MB", "d4"),
+        ((16, 32, 64), 700, "100MB", "rot7"),
     ],
     ids=str,
 )

@@ -247,6 +247,7 @@ def test_another_error_is_not_taken_for_it(error: BaseException) -> None:
     assert not is_out_of_memory(error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_roof_is_the_faster_of_product_and_convolution(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     product, convolution = 2 * 2048**3, 2 * 9 * 256**2 * 64**2

@@ -15,6 +15,8 @@ from unet_fast.memory import estimate, largest_tile
 WIDTHS = {"paper": (64, 128, 256, 512, 1024), "half": (32, 64, 128, 256, 512)}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
+LARGE = [pytest.param(tile, marks=pytest.mark.slow) for tile in (236, 380, 476, 1084, 2588)]
+
 
 def meta(**settings: Any) -> FastUNet:
     with torch.device("meta"):
@@ -24,7 +26,7 @@ def meta(**settings: Any) -> FastUNet:
 @DTYPES
 @pytest.mark.parametrize("recompute", ["none", "level"])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("tile_in", [188, 236, 380, 476, 572, 1084, 2588])
+@pytest.mark.parametrize("tile_in", [188, 572, *LARGE])
 def test_a_training_step_takes_what_was_predicted(tile_in: int, width: str, recompute: str, dtype: torch.dtype) -> None:
     settings = {"features": WIDTHS[width], "recompute": recompute}
     real = dynamic_peak(lambda: FastUNet(**settings), tile_in, dtype)
@@ -42,7 +44,7 @@ def test_a_prediction_takes_what_was_predicted(tile_in: int, width: str, dtype: 
     assert predicted.dynamic >= real * 0.995
 
 
-@pytest.mark.parametrize("tile_in", [188, 572])
+@pytest.mark.parametrize("tile_in", [188, pytest.param(572, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -60,6 +62,7 @@ def test_other_nets_take_what_was_predicted(tile_in: int, settings: dict[str, An
     assert estimate(meta(**settings), tile_in).dynamic == pytest.approx(real, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tile_in", "batch", "settings"),
     [
@@ -159,6 +162,7 @@ def test_the_largest_tile_fits_and_the_next_does_not(mode: str) -> None:
         assert estimate(net, tile_in, mode=mode).total <= budget < estimate(net, tile_in + 16, mode=mode).total
 
 
+@pytest.mark.slow
 def test_larger_tiles_need_more() -> None:
     for recompute in ("none", "level"):
         totals = [estimate(meta(), n, recompute=recompute).total for n in range(188, 1500, 16)]

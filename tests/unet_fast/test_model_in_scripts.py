@@ -275,6 +275,7 @@ COMPILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", COMPILED.values(), ids=COMPILED.keys())
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_whole_it_equals_eager_forward_and_backward(config: dict[str, Any]) -> None:

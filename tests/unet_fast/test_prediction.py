@@ -58,6 +58,7 @@ def test_a_folder_gives_a_tiff_for_each_image_in_natural_order(model: FastUNet, 
     assert np.array_equal(read_stack(written[1]).pixels[:, 0], predict(model, grey(3, 20, 25, seed=2), axes="ZYX"))
 
 
+@pytest.mark.slow
 def test_a_budget_cuts_tiles_and_changes_nothing(model: FastUNet, folder: Path, tmp_path: Path) -> None:
     whole = predict_files(model, folder, tmp_path / "whole", output="probabilities").written
     inside = predict_files(model, folder, tmp_path / "inside", output="probabilities", tile_in=20).written

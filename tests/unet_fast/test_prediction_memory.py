@@ -33,12 +33,14 @@ def run(side: int, memory: str, kind: str, folder: Path) -> int:
     return int(done.stdout.split()[1])
 
 
-@pytest.mark.parametrize("kind", ["tiled", pytest.param("mapped", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tiled", "mapped"])
 def test_64_megapixels_fit_into_120_megabytes(kind: str, tmp_path: Path) -> None:
     # the image alone is 67 MB, as float32 268, its logits 537
     assert run(8192, "120MB", kind, tmp_path) <= 120e6
 
 
+@pytest.mark.slow
 def test_the_measure_would_see_a_budget_that_is_exceeded(tmp_path: Path) -> None:
     taken = run(4096, "2GB", "mapped", tmp_path)
     assert 10e6 < taken < 2e9

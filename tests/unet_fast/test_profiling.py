@@ -34,6 +34,8 @@ from unet_fast.layers import Layers
 from unet_fast.measuring import Measured
 from unet_fast.profiling import LayerRow, Profile, Row, Way, count, profile
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY = (4, 8)
 ROOF = 0.25
@@ -209,7 +211,6 @@ def _agree(row: Row, roof: float) -> None:
     assert row.roof_share == pytest.approx(row.gflop / row.ms / roof)
 
 
-@pytest.mark.slow
 def test_what_was_measured_agrees_with_itself() -> None:
     said: list[str] = []
     found = profile(net(), ways=[WAYS[0], WAYS[5]], tiles=[76, 380], seconds=60, say=said.append)
@@ -229,7 +230,6 @@ def test_what_was_measured_agrees_with_itself() -> None:
 
 
 @LINUX
-@pytest.mark.slow
 def test_a_rows_bytes_do_not_depend_on_the_rows_before() -> None:
     way = Way("predict")
     alone, among = (
@@ -720,7 +720,6 @@ def test_progress_is_said_unless_it_is_not_wanted(monkeypatch: pytest.MonkeyPatc
     assert quiet.stdout == loud.stdout
 
 
-@pytest.mark.slow
 def test_in_a_process_of_its_own_data_are_all_there_is_on_stdout() -> None:
     one = "--mode train --precision float32 --recompute none"
     command = f"unet_fast profile --features 4,8 --tiles 36 --seconds 8 {one} --layers --json"

@@ -75,7 +75,7 @@ def test_one_row_one_column_and_stacks_are_looked_at(shape: tuple[int, ...], tta
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tta", ["none", "d4", "rot7"])
+@pytest.mark.parametrize("tta", ["none", *(pytest.param(many, marks=pytest.mark.slow) for many in ("d4", "rot7"))])
 def test_rounding_is_no_seam_and_a_seam_is_more_than_rounding(tta: str, dtype: torch.dtype) -> None:
     model = tiny(2, width=6).to(dtype)
     image = (picture(60, 70) + np.linspace(0, 6, 70)).astype(np.float64 if dtype == torch.float64 else np.float32)
@@ -251,6 +251,7 @@ def test_what_is_nan_in_one_of_two_is_not_exact(which: str) -> None:
     assert not verify_seams(model, greys_of(image), plan).exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [1, 2])
 def test_an_empty_image_has_no_seams(classes: int) -> None:
     for value in (0.0, 0.7):

@@ -220,9 +220,12 @@ INTERRUPTIONS: dict[str, tuple[Any, str, Callable[[Callable[..., Any]], Callable
     "as a state is written": (training._Run, "keep_state", lambda m: _after(2, m)),
     "in the middle of an update": (torch.optim.SGD, "step", lambda m: _half_an_update(5)),
 }
+QUICK = ("before a step", "in a later validation", "as a state is written", "in the middle of an update")
 
 
-@pytest.mark.parametrize("where", INTERRUPTIONS)
+@pytest.mark.parametrize(
+    "where", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in INTERRUPTIONS]
+)
 def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(
     where: str, drawn: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +245,7 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(
     assert {n for n in names if "checkpoints" not in n} == {n for n in want if "checkpoints" not in n}
 
 
+@pytest.mark.slow
 def test_maps_that_are_made_again_change_no_bit_and_may_be_asked_for_at_any_time(
     drawn: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +341,7 @@ def test_what_is_left_open_on_resume_is_as_it_was(drawn: Path, tmp_path: Path, m
     assert outcome(run)[1:] == outcome(whole)[1:]
 
 
+@pytest.mark.slow
 def test_a_run_counted_in_epochs_is_resumed_by_the_same_words(drawn: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = config(drawn, run, steps=None, epochs=2)

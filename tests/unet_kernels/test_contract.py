@@ -58,6 +58,7 @@ def _op_arguments(case: Case, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, tup
     return next((func, args) for func, args in seen.calls if case.op in func.name())
 
 
+@pytest.mark.slow
 @every_op
 def test_operator_is_well_formed(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     op, args = _op_arguments(case, monkeypatch)
@@ -123,6 +124,7 @@ def test_compiles_in_one_graph(case: Case) -> None:
     _assert_equal(compiled(tensors), case(tensors))
 
 
+@pytest.mark.slow
 @every_differentiable_op
 def test_compiled_gradients_are_the_eager_ones(case: Case) -> None:
     compiled = torch.compile(lambda t: case(t), backend="aot_eager", fullgraph=True)

@@ -98,7 +98,7 @@ def _module() -> ModuleType:
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("level", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_compiled_code_is_within_budget(level: int, dtype: torch.dtype, channels_last: bool) -> None:
     from tests.proof import aot
 

@@ -281,6 +281,7 @@ with pytest.raises(ValueError, match="counted must be on cpu like prediction, go
 """
 
 
+@pytest.mark.slow
 def test_a_tensor_elsewhere_is_refused_and_a_default_device_elsewhere_is_no_matter() -> None:
     # in a process of its own: what is got wrong here is the address that the C++ reads
     command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE]

@@ -258,13 +258,15 @@ def _run_with_two_threads(program: str, *arguments: str, built: Path, place: Pat
     assert child.returncode == 0, said
 
 
-@pytest.mark.parametrize("how", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_a_data_loaders_workers_get_their_weights(how: str, built: Path, tmp_path: Path) -> None:
     if how not in multiprocessing.get_all_start_methods():
         pytest.skip(f"no {how} here")
     _run_with_two_threads(WORKERS, how, built=built, place=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_wait_for_threads_it_has_lost(built: Path, tmp_path: Path) -> None:
     if not hasattr(os, "fork"):
         pytest.skip("no fork here")
