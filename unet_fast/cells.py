@@ -35,9 +35,16 @@ def find_cells(labels: Array, *, min_pixels: int = 1) -> Array:
         labels: [H, W] or [D, H, W], class ids, 0 = background.
         min_pixels: components smaller than this are dropped.
 
+    Raises:
+        ValueError: labels of another number of dimensions.
+
     >>> find_cells(np.array([[1, 1, 0, 0, 1, 0]]))
     array([[1, 1, 1, 2, 2, 0]], dtype=int32)
     """
+    if labels.ndim not in (2, 3):
+        raise ValueError(f"labels must be [H, W] or [D, H, W], got shape {list(labels.shape)}")
+    if not labels.size:
+        return np.zeros(labels.shape, np.int32)
     stack = labels if labels.ndim == 3 else labels[None]
     found = np.stack([_of_plane(plane, min_pixels) for plane in stack])
     return found if labels.ndim == 3 else found[0]

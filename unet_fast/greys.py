@@ -170,6 +170,9 @@ def order_statistics(bands: Callable[[], Iterable[Array]], ranks: Sequence[int])
         bands: gives, each time it is called, the values in parts: flat arrays of one real dtype.
         ranks: places in ascending order, from 0; equal ones may repeat.
 
+    Raises:
+        ValueError: a rank is not below the number of values.
+
     >>> order_statistics(lambda: iter([np.array([3.0, -1.0]), np.array([2.0])]), [0, 1, 2])
     array([-1.,  2.,  3.])
     """
@@ -225,6 +228,8 @@ class _Ranks:
 def _step(prefix: int, rank: int, counts: Array, digit: int) -> tuple[int, int]:
     """Sixteen bits more of the value at a rank."""
     below = np.cumsum(counts)
+    if rank >= below[-1]:
+        raise ValueError(f"ranks must lie below the number of values, {below[-1]}, got {rank}")
     next_digit = int(np.searchsorted(below, rank, side="right"))
     return prefix << digit | next_digit, rank - (int(below[next_digit - 1]) if next_digit else 0)
 

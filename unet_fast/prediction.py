@@ -421,16 +421,18 @@ class _File:
         journal = Journal(place, settings.about(self.source), shape, answer.dtype, resume=settings.resume)
         try:
             pixels = image.shape[0] * image.shape[2] * image.shape[3]
-            if self._is_kept(journal):
+            kept = self._is_kept(journal)
+            if kept and not settings.seams:
                 return FileResult(self.source, self.target, "kept", pixels=pixels)
             started = time.monotonic()
             greys = Greys(image, getattr(settings.model, "normalisation", None), nan=settings.nan)
+            if kept:
+                seams = self._seams(greys, self._fit(image, answer))
+                return FileResult(self.source, self.target, "kept", pixels=pixels, seams=seams)
             chosen, computed = self._compute(journal, image, greys, answer)
             self._write(journal, image, classes, answer)
             seconds = time.monotonic() - started
-            found = None
-            if settings.seams:
-                found = verify_seams(settings.model, greys, chosen.plan, tta=settings.tta)
+            found = self._seams(greys, chosen) if settings.seams else None
             journal.finish(result=fingerprint(self.target), output=settings.output, min_pixels=settings.min_pixels)
         except KeyboardInterrupt:
             self._kept(journal)
@@ -444,6 +446,24 @@ class _File:
             self.source, self.target, "done", None, pixels, computed, seconds,
             plan.tile_in, image.shape[0] * len(plan), chosen.batch, found,
         )  # fmt: skip
+
+    def _fit(self, image: Source, answer: Answer) -> Fit:
+        """The tiles that an image is cut into where nothing is finished yet."""
+        settings = self.settings
+        channels_out = answer.shape(int(getattr(settings.model, "out_channels", 2)), 1, 1)
+        return fit(
+            settings.model,
+            image,
+            tile_in=settings.tile_in,
+            memory=settings.memory,
+            batch=settings.batch,
+            tta=settings.tta,
+            bytes_out=answer.dtype.itemsize * int(np.prod(channels_out)),
+            beside=settings.weights,
+        )
+
+    def _seams(self, greys: Greys, chosen: Fit) -> Seams:
+        return verify_seams(self.settings.model, greys, chosen.plan, tta=self.settings.tta)
 
     def _is_kept(self, journal: Journal) -> bool:
         """Whether an earlier run has finished this result, and it is still there as it was."""
@@ -465,18 +485,7 @@ class _File:
     def _compute(self, journal: Journal, image: Source, greys: Greys, answer: Answer) -> tuple[Fit, int]:
         """All tiles that are not finished yet; what they were cut by, and how many pixels were computed."""
         settings = self.settings
-        channels_out = answer.shape(int(getattr(settings.model, "out_channels", 2)), 1, 1)
-        chosen = fit(
-            settings.model,
-            image,
-            tile_in=settings.tile_in,
-            memory=settings.memory,
-            batch=settings.batch,
-            tta=settings.tta,
-            bytes_out=answer.dtype.itemsize * int(np.prod(channels_out)),
-            beside=settings.weights,
-        )
-        self._agree(journal, chosen)
+        self._agree(journal, self._fit(image, answer))
         chosen, groups, tiles = self._left(journal, image)
         # of a group of which a tile was damaged, all are done again
         journal.forget(tile for group in groups for tile in group)

@@ -5,6 +5,7 @@ A file takes its place when it is whole, and not before; the same pixels give th
 
 import os
 import shutil
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def write_result(path: Path, result: Result, within: Path) -> None:
         return
     with replacing(path, within) as temporary:
         if suffix in TIFF:
-            _write_tiff(temporary, result)
+            _write_tiff(temporary, result, path.name)
         elif suffix == ".npy":
             _write_numpy(temporary, result)
         else:
@@ -117,7 +118,8 @@ def write_result(path: Path, result: Result, within: Path) -> None:
                 raise BadInput(str(error).replace(str(temporary), str(path))) from error
 
 
-def _write_tiff(path: Path, result: Result) -> None:
+def _write_tiff(path: Path, result: Result, name: str) -> None:
+    """`name`: what it will be called; .ome.tif promises an OME-TIFF."""
     width = result.shape[3]
     # of planes one pixel wide, tifffile makes pages of another shape, and ImageJ files that lose their axes
     narrow = width == 1
@@ -125,7 +127,12 @@ def _write_tiff(path: Path, result: Result) -> None:
     common: dict[str, Any] = {"shape": result.outer, "dtype": result.dtype, "photometric": "minisblack"}
     common |= {"compression": compression, "maxworkers": 1}
     imagej = result.dtype in (np.uint8, np.uint16, np.float32) and result.nbytes < _BIG
-    if imagej and not narrow:
+    if Path(name).stem.lower().endswith(".ome"):
+        # an identifier of its own, but not at random: the same pixels give the same bytes
+        identifier = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{name} {result.shape} {result.dtype}"))
+        common |= {"ome": True, "bigtiff": result.nbytes >= _BIG}
+        common |= {"metadata": {"axes": result.axes, "UUID": identifier}}
+    elif imagej and not narrow:
         metadata = {"axes": result.axes, "min": 0.0, "max": float(max(1.0, result.top))}
         common |= {"imagej": True, "metadata": metadata}
     else:

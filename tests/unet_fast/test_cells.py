@@ -260,3 +260,15 @@ def test_a_gap_that_lies_between_two_bands_is_given_back() -> None:
         cells = Cells(_Asked(labels), 12, 5, band=band)
         ids = np.concatenate([cells.rows(row, row + 1) for row in range(12)])
         assert ids[:, 0].tolist() == [1] * 6 + [2] * 6
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (0, 4, 4), (2, 0, 3), (3, 4, 0)])
+def test_no_pixels_have_no_cells(shape: tuple[int, ...]) -> None:
+    found = find_cells(np.zeros(shape, np.uint8))
+    assert (found.shape, found.dtype) == (shape, np.int32)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (1, 1, 4, 4)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"labels must be \[H, W\] or \[D, H, W\], got shape \["):
+        find_cells(np.zeros(shape, np.uint8))

@@ -262,6 +262,12 @@ def test_order_statistics_hold_no_more_than_a_table() -> None:
     np.testing.assert_array_equal(order_statistics(parts, ranks), wanted[ranks])
 
 
+@pytest.mark.parametrize(("ranks", "count"), [([3], 3), ([0, 9], 3), ([2**20], 7)])
+def test_a_rank_that_there_is_not_is_refused(ranks: list[int], count: int) -> None:
+    with pytest.raises(ValueError, match=f"ranks must lie below the number of values, {count}, got {ranks[-1]}"):
+        order_statistics(lambda: iter([np.arange(count, dtype=np.float32)]), ranks)
+
+
 # ---- NaN
 
 

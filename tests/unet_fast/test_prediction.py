@@ -145,6 +145,18 @@ def test_a_bad_image_among_several_is_reported_and_the_rest_is_done(
     assert sorted((tmp_path / "out").iterdir()) == sorted(again.written)
 
 
+def test_seams_of_results_that_are_kept_are_looked_at_too(
+    model: FastUNet, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _nan(folder)
+    predict_files(model, folder, tmp_path / "out", tile_in=36)
+    again = predict_files(model, folder, tmp_path / "out", tile_in=36, resume=True, seams=True)
+    assert {file.status for file in again.files} == {"kept", "failed"}
+    looked = {file.image.name: file.seams for file in again.files if file.status == "kept"}
+    assert all(seams is not None and seams.exact for seams in looked.values())
+    assert any(seams.places for seams in looked.values() if seams)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_the_only_image_is_refused_and_nothing_written(
     case: str, model: FastUNet, folder: Path, tmp_path: Path

@@ -666,3 +666,24 @@ def test_a_result_may_be_called_anything(stem: str, suffix: str, tmp_path: Path,
             np.testing.assert_array_equal(source.read(0, slice(0, 9), slice(0, 11)), pixels[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["within", path.name])
     assert not list(within.iterdir())
+
+
+@pytest.mark.parametrize("size", [(1, 7), (9, 1), (33, 47)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("axes", AXES)
+def test_an_ome_name_holds_an_ome_tiff(axes: str, dtype: str, size: tuple[int, int], tmp_path: Path) -> None:
+    pixels, written = _pixels(axes, dtype, size), []
+    for name in ("a", "b"):
+        path = tmp_path / name / "labels.ome.tif"
+        path.parent.mkdir()
+        write_result(path, _result(pixels, axes), path.parent)
+        written.append(path.read_bytes())
+        with tifffile.TiffFile(path) as tiff:
+            assert tiff.is_ome
+            assert not tiff.is_imagej
+            assert tiff.series[0].axes == axes
+            assert len(tiff.series) == 1
+            np.testing.assert_array_equal(tiff.asarray().reshape(pixels.shape), pixels)
+        found = read_stack(path).pixels
+        np.testing.assert_array_equal(found.reshape(pixels.shape), pixels)
+    assert written[0] == written[1]
