@@ -1,5 +1,7 @@
 """two_nearest_cells, cut_gap, border_weight: exact against one scipy transform per cell; the bugs others published."""
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,18 @@ from torch import Tensor
 
 import unet_kernels as uk
 from tests.proof.allocations import allocated
-from tests.proof.properties import given, st
+from tests.proof.memory import guarded_launch
+from tests.proof.order import assert_order_does_not_matter
+from tests.proof.properties import given, settings, st
+from tests.proof.yardstick import assert_same_bits
 from unet_kernels import _native, reference
-from unet_kernels.border_weight import launch_two_nearest_cells_cpu
+from unet_kernels.border_weight import (
+    LARGEST,
+    launch_border_weight_fwd,
+    launch_cut_gap_fwd,
+    launch_two_nearest_cells_cpu,
+    launch_two_nearest_cells_fwd,
+)
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -255,3 +266,189 @@ def test_any_strides(layout: str) -> None:
 def test_a_negative_radius_is_refused() -> None:
     with pytest.raises(ValueError, match="max_radius must be at least 0 and finite, got -1"):
         uk.two_nearest_cells(_I, max_radius=-1)
+
+
+# ---- the Triton kernels: the bits of the specification
+
+
+def _module() -> ModuleType:
+    # the kernels' place in the package is shadowed by the function of the same name
+    return importlib.import_module("unet_kernels.border_weight")
+
+
+def _discs(n: int, h: int, w: int, cells: int, seed: int = 0) -> Tensor:
+    """Overlapping discs, ids with gaps, some pixels ignored: int32 [N, H, W]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:h, :w]
+    maps = np.zeros((n, h, w), np.int32)
+    for ids in maps:
+        for cell in rng.permutation(3 * cells)[:cells] + 1:
+            row, column, radius = rng.uniform(0, h), rng.uniform(0, w), rng.uniform(1, 0.2 * max(h, w) + 1)
+            ids[(y - row) ** 2 + (x - column) ** 2 < radius**2] = cell
+        ids[rng.random((h, w)) < 0.02] = -1
+    return torch.from_numpy(maps)
+
+
+# N, H, W, cells: of one segment and of several, of one block and of several; rows and columns that end anywhere
+MAPS = {
+    "one pixel": (1, 1, 1, 1),
+    "one row": (1, 1, 70, 3),
+    "one column": (1, 37, 1, 4),
+    "three segments": (1, 34, 10, 5),
+    "three blocks": (1, 3, 150, 4),
+    "a whole segment": (1, 16, 64, 6),
+    "no cell": (1, 18, 9, 0),
+    "a lone cell": (1, 19, 9, 1),
+    "two cells": (1, 19, 9, 2),
+    "a batch": (3, 5, 7, 4),
+}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("radius", [None, 6.5])
+@pytest.mark.parametrize("case", MAPS)
+def test_the_triton_kernels_have_the_bits_of_the_reference(
+    case: str, radius: float | None, device: torch.device
+) -> None:
+    instances = _discs(*MAPS[case]).to(device)
+    got = guarded_launch(launch_two_nearest_cells_fwd, instances, radius)
+    for ours, theirs in zip(got, reference.two_nearest_cells(instances, radius), strict=True):
+        assert_same_bits(ours, theirs)
+    assert_same_bits(guarded_launch(launch_cut_gap_fwd, instances), reference.cut_gap(instances))
+
+
+@pytest.mark.interpreter
+@settings(derandomize=True, database=None, deadline=None, max_examples=12)
+@given(instances=label_maps(), radius=st.sampled_from([None, 0.0, 1.0, 2**0.5, 3.0, 31.0]))
+def test_random_maps_too(instances: np.ndarray, radius: float | None) -> None:
+    ids = _labels(instances).to(torch.int32)
+    got = launch_two_nearest_cells_fwd(ids, radius)
+    for ours, theirs in zip(got, reference.two_nearest_cells(ids, radius), strict=True):
+        assert_same_bits(ours, theirs)
+    assert_same_bits(launch_cut_gap_fwd(ids), reference.cut_gap(ids))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("gap", [True, False])
+@pytest.mark.parametrize("region", ["background", "all"])
+@pytest.mark.parametrize("case", ["two cells", "a batch", "three blocks"])
+def test_the_weight_is_made_in_the_same_pass(case: str, region: str, gap: bool, device: torch.device) -> None:
+    instances = _discs(*MAPS[case], seed=1).to(device)
+    for w0, sigma, pair in ((10.0, 5.0, None), (0.0, 5.0, (0.5, 2.0)), (7.0, 1.5, (0.25, 0.0))):
+        rest = (w0, sigma, pair, region, gap)
+        got = guarded_launch(launch_border_weight_fwd, instances, *rest)
+        torch.testing.assert_close(got, reference.border_weight(instances, *rest), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.interpreter
+def test_bands_of_rows_join_to_the_whole(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    instances = _discs(2, 35, 6, 7).to(device)
+    want = reference.two_nearest_cells(instances)
+    # bands of one segment and of two
+    for most in (1, 16 * 2 * 6 * 33):
+        monkeypatch.setattr(_module(), "BAND_BYTES", most)
+        for ours, theirs in zip(guarded_launch(launch_two_nearest_cells_fwd, instances, None), want, strict=True):
+            assert_same_bits(ours, theirs)
+
+
+@pytest.mark.interpreter
+def test_longer_segments_find_the_same(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    instances = _discs(1, 66, 4, 5).to(device)
+    want = reference.two_nearest_cells(instances)
+    monkeypatch.setattr(_module(), "segment_rows", lambda H: 64)
+    for ours, theirs in zip(guarded_launch(launch_two_nearest_cells_fwd, instances, None), want, strict=True):
+        assert_same_bits(ours, theirs)
+
+
+@pytest.mark.interpreter
+def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
+    instances = _discs(1, 18, 66, 5).to(device)
+    assert_order_does_not_matter(lambda: torch.stack(launch_two_nearest_cells_fwd(instances, 5.0)), seeds=1)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", ["transposed", "window", "expanded"])
+def test_the_kernels_take_any_strides(layout: str, device: torch.device) -> None:
+    instances = _discs(2, 9, 11, 3).to(device)
+    odd = {
+        "transposed": instances.transpose(1, 2).contiguous().transpose(1, 2),
+        "window": torch.nn.functional.pad(instances, (2, 3, 1, 1))[:, 1:-1, 2:-3],
+        "expanded": instances[:1].expand(2, 9, 11),
+    }[layout]
+    for ours, theirs in zip(launch_two_nearest_cells_fwd(odd, None), reference.two_nearest_cells(odd), strict=True):
+        assert_same_bits(ours, theirs)
+    assert_same_bits(launch_cut_gap_fwd(odd), reference.cut_gap(odd.contiguous()))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shape", [(0, 5, 5), (1, 0, 5), (1, 5, 0)])
+def test_an_empty_map_launches_nothing(shape: tuple[int, ...], device: torch.device) -> None:
+    instances = torch.empty(shape, dtype=torch.int32, device=device)
+    assert [d.shape for d in launch_two_nearest_cells_fwd(instances, None)] == [shape, shape]
+    assert launch_border_weight_fwd(instances, 10.0, 5.0, None, "all", True).shape == shape
+    assert launch_cut_gap_fwd(instances).shape == shape
+
+
+def test_what_the_kernels_cannot_take_is_left_to_the_reference() -> None:
+    module = _module()
+    assert "do not fit 32 bits" in module.why_not(torch.empty(1, LARGEST + 1, 2, device="meta"))
+    assert "do not fit 32 bits" in module.why_not(torch.empty(1, 2, LARGEST + 1, device="meta"))
+    # the largest squared distance, and the first that is none
+    assert 2 * (LARGEST - 1) ** 2 < module.FAR < 2 * (LARGEST + 1) ** 2
+
+
+KERNELS: dict[str, tuple[str, int]] = {
+    "two_nearest_cells": ("_segments_kernel _columns_kernel _rows_kernel", 96),
+    "border_weight": ("_segments_kernel _columns_kernel _rows_kernel", 96),
+    "cut_gap": ("_cut_gap_kernel", 40),
+}
+
+
+@pytest.mark.parametrize("side", [572, pytest.param(16384, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("op", KERNELS)
+def test_compiled_code_is_within_budget(op: str, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.proof import aot
+
+    module = _module()
+    names, registers = KERNELS[op]
+    instances = torch.empty(1, side, side, dtype=torch.int32, device="meta")
+    call = {
+        "two_nearest_cells": lambda: launch_two_nearest_cells_fwd(instances, None),
+        "border_weight": lambda: launch_border_weight_fwd(instances, 10.0, 5.0, None, "background", True),
+        "cut_gap": lambda: launch_cut_gap_fwd(instances),
+    }[op]
+    launches = []
+    for name in names.split():
+        with monkeypatch.context() as patch:
+            for other in {"_segments_kernel", "_columns_kernel", "_rows_kernel", "_cut_gap_kernel"} - {name}:
+                patch.setattr(module, other, _Unlaunched())
+            launches.append(aot.recorded(module, name, call)[0])
+    for launch in launches:
+        for chip in aot.ELEMENTWISE_CHIPS:
+            aot.Budget(registers=registers, shared_bytes=2048).check(aot.compiled(launch, chip))
+
+
+class _Unlaunched:
+    """A kernel that does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **kwargs: None
+
+
+@pytest.mark.interpreter
+def test_on_cuda_the_ops_take_the_kernels_and_otherwise_say_why_not(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = _module()
+    instances = _discs(1, 12, 14, 3).to(device)
+    for refusal in ("", "too old"):
+        monkeypatch.setattr("unet_kernels._triton.why_not", lambda device, dtype=None, refusal=refusal: refusal)
+        for ours, theirs in zip(
+            module._two_nearest_cuda(instances, None), reference.two_nearest_cells(instances), strict=True
+        ):
+            assert_same_bits(ours, theirs)
+        assert_same_bits(module._cut_gap_cuda(instances), reference.cut_gap(instances))
+        rest = (10.0, 5.0, None, "background", True)
+        torch.testing.assert_close(
+            module._border_weight_cuda(instances, *rest), reference.border_weight(instances, *rest)
+        )
