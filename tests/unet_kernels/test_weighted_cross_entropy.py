@@ -1,6 +1,8 @@
 """weighted_cross_entropy and head_cross_entropy: torch's cross_entropy for every argument, and what torch lacks."""
 
+import importlib
 from itertools import product
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,7 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import unet_kernels as uk
-from tests.proof.yardstick import assert_gradient
+from tests.proof.memory import LAYOUTS, awkward, guarded_launch
+from tests.proof.order import assert_order_does_not_matter
+from tests.proof.yardstick import assert_as_close_as, assert_gradient, assert_same_bits
+from unet_kernels import reference
+from unet_kernels.weighted_cross_entropy import (
+    MOST_CHANNELS,
+    MOST_CLASSES,
+    MOST_HEAD_CLASSES,
+    launch_head_cross_entropy_bwd,
+    launch_head_cross_entropy_fwd,
+    launch_weighted_cross_entropy_bwd,
+    launch_weighted_cross_entropy_fwd,
+)
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -186,7 +200,10 @@ def test_the_head_makes_only_the_gradients_that_are_wanted(monkeypatch: pytest.M
     assert asked == [[False, True, False]]
 
 
-def test_second_derivatives_are_torchs() -> None:
+@pytest.mark.parametrize("traced", [False, True], ids=["door", "op"])
+def test_second_derivatives_are_torchs(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if traced:
+        monkeypatch.setattr("unet_kernels._checks.ordinary_on_cpu", lambda tensor: False)
     logits, target = _maps()
     weight = torch.rand(2, 5, 4, dtype=torch.float64)
     torch.autograd.gradgradcheck(lambda z: uk.weighted_cross_entropy(z, target, weight), logits.requires_grad_())
@@ -270,3 +287,379 @@ def test_the_head_refuses_a_weight_that_does_not_fit() -> None:
         uk.head_cross_entropy(x, torch.zeros(2, 3, 1, 1), bias, target)
     with pytest.raises(ValueError, match=r"class_weight must have shape \[2\]"):
         uk.head_cross_entropy(x, torch.zeros(2, 4, 1, 1), bias, target, class_weight=torch.ones(3))
+
+
+# ---- the Triton kernels
+
+
+def _module() -> ModuleType:
+    # the kernels' place in the package is shadowed by the function of the same name
+    return importlib.import_module("unet_kernels.weighted_cross_entropy")
+
+
+def _both(
+    launch: bool, dtype: torch.dtype, maps: tuple[Any, ...], reduction: str, ignore_index: int = -100
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient in a dtype, by our kernels or by ATen's autograd of the specification."""
+    logits, target, pixel_weight, weight = maps
+    logits = logits.detach().to(dtype) if logits.dtype != dtype else logits.detach()
+    rest = (target, pixel_weight, weight)
+    shape = target.shape if reduction == "none" else ()
+    dloss = torch.linspace(0.5, 2, target.numel()).reshape(target.shape) if shape else torch.tensor(1.5)
+    dloss = dloss.to(logits.device, torch.float64 if dtype == torch.float64 else torch.float32)
+    if launch:
+        loss, denominator = guarded_launch(launch_weighted_cross_entropy_fwd, logits, *rest, ignore_index, reduction)
+        return loss, guarded_launch(launch_weighted_cross_entropy_bwd, dloss, logits, *rest, denominator, ignore_index)
+    leaf = logits.clone(memory_format=torch.preserve_format).requires_grad_()
+    loss = reference.weighted_cross_entropy(leaf, *rest, ignore_index, reduction)
+    return loss.detach(), torch.autograd.grad(loss, leaf, dloss)[0]
+
+
+# N, K, H, W: of one program and of several, of few classes and of many, of a last block that is not full
+SHAPES = {
+    "one pixel": (1, 2, 1, 1),
+    "one class": (1, 1, 3, 4),
+    "cells and background": (2, 2, 7, 9),
+    "several programs": (2, 2, 30, 37),
+    "a prime of classes": (1, 5, 13, 31),
+    "many classes": (1, 200, 3, 5),
+    "as many as there may be": (1, 256, 2, 5),
+}
+
+
+def _drawn(shape: tuple[int, ...], *, weighted: bool, device: torch.device) -> tuple[Any, ...]:
+    n, k, h, w = shape
+    logits = (torch.randn(n, k, h, w, dtype=torch.float64) * 3).to(device)
+    target = torch.randint(0, k, (n, h, w)).to(device)
+    if h * w > 1:
+        target[torch.rand(n, h, w).to(device) < 0.2] = -100
+    pixel_weight = (torch.rand(n, h, w) * 10).to(device) if weighted else None
+    weight = torch.linspace(0.5, 3, k).to(device) if weighted else None
+    return logits, target, pixel_weight, weight
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, "weighted_mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernels_are_as_near_as_torch(
+    shape: str, dtype: torch.dtype, reduction: str, weighted: bool, device: torch.device
+) -> None:
+    logits, *rest = _drawn(SHAPES[shape], weighted=weighted, device=device)
+    # what a narrow dtype does to the logits is not the loss's doing
+    maps = (logits.to(dtype).double(), *rest)
+    exact, torchs, ours = (
+        _both(launch, kind, maps, reduction) for launch, kind in ((False, torch.float64), (False, dtype), (True, dtype))
+    )
+    assert_as_close_as(torchs[0], ours[0], exact[0])
+    assert_gradient(torchs[1], ours[1], exact[1])
+    assert ours[1].stride() == torchs[1].stride()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_the_kernels_take_any_strides(layout: str, reduction: str, device: torch.device) -> None:
+    logits, target, pixel_weight, weight = _drawn((2, 3, 6, 7), weighted=True, device=device)
+    want = _both(True, torch.float32, (logits.float(), target, pixel_weight, weight), reduction)
+    odd = awkward(logits.float(), layout)
+    flipped = target.transpose(1, 2).contiguous().transpose(1, 2)
+    got = _both(True, torch.float32, (odd, flipped, pixel_weight.expand(2, 6, 7), weight), reduction)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    # a gradient that is one number for all, as of a sum
+    loss, denominator = launch_weighted_cross_entropy_fwd(odd, target, None, None, -100, "none")
+    one = launch_weighted_cross_entropy_bwd(
+        torch.ones((), device=device).expand(loss.shape), odd, target, None, None, denominator, -100
+    )
+    whole = launch_weighted_cross_entropy_bwd(torch.ones_like(loss), odd, target, None, None, denominator, -100)
+    assert_same_bits(one, whole)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64], ids=str
+)
+def test_the_kernels_take_any_integers(dtype: torch.dtype, device: torch.device) -> None:
+    logits, target = torch.randn(1, 2, 5, 6, device=device), torch.randint(0, 2, (1, 5, 6), device=device)
+    for ignore_index in (-100, 1, 2**40):
+        want = _both(True, torch.float32, (logits, target, None, None), "mean", ignore_index)
+        got = _both(True, torch.float32, (logits, target.to(dtype), None, None), "mean", ignore_index)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("reduction", ["sum", "mean", "weighted_mean"])
+def test_the_kernels_give_zero_without_a_valid_pixel(reduction: str, device: torch.device) -> None:
+    logits, weight = torch.randn(1, 2, 3, 3, device=device), torch.full((1, 3, 3), torch.nan, device=device)
+    target = torch.full((1, 3, 3), -100, device=device)
+    loss, gradient = _both(True, torch.float32, (logits, target, weight, None), reduction)
+    assert loss.item() == 0
+    assert torch.equal(gradient, torch.zeros_like(logits))
+    # nor where there is no pixel at all
+    empty = (logits[:, :, :0], target[:, :0], None, None)
+    assert _both(True, torch.float32, empty, reduction)[0].item() == 0
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_nan_and_huge_logits_go_where_the_references_go(device: torch.device) -> None:
+    logits, target, pixel_weight, weight = _drawn((1, 3, 6, 7), weighted=True, device=device)
+    logits = logits.float()
+    logits[0, 0, 0, 0], logits[0, 1, 1, 1], logits[0, 2, 2, 2], logits[0, :, 3, 3] = (
+        torch.nan, torch.inf, -torch.inf, -torch.inf,
+    )  # fmt: skip
+    logits[0, 0, 4], logits[0, 1, 5] = 1e4, -1e4
+    target[0, 0, 0], target[0, 2, 2], target[0, 5] = 1, 0, 1
+    maps = (logits, target, pixel_weight, weight)
+    for ours, theirs in zip(
+        _both(True, torch.float32, maps, "none"), _both(False, torch.float32, maps, "none"), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("wrong", [2, -1, 200])
+def test_a_class_that_there_is_not_makes_the_loss_nan(wrong: int, device: torch.device) -> None:
+    logits, target = torch.randn(1, 2, 4, 4, device=device), torch.zeros(1, 4, 4, dtype=torch.int64, device=device)
+    target[0, 1, 2] = wrong
+    for weight in (None, torch.ones(2, device=device)):
+        for reduction in ("sum", "mean"):
+            loss, gradient = _both(True, torch.float32, (logits, target, None, weight), reduction)
+            assert loss.isnan()
+            assert gradient[0, :, 1, 2].isnan().all()
+
+
+@pytest.mark.interpreter
+def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
+    logits, *rest = _drawn((2, 2, 30, 37), weighted=True, device=device)
+    logits = logits.float()
+    assert_order_does_not_matter(
+        lambda: torch.stack(launch_weighted_cross_entropy_fwd(logits, *rest, -100, "weighted_mean")), seeds=3
+    )
+
+
+@pytest.mark.interpreter
+def test_on_cuda_the_ops_take_the_kernels_and_otherwise_say_why_not(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = _module()
+    logits, *rest = _drawn((1, 3, 6, 7), weighted=True, device=device)
+    logits = logits.float()
+    want = _both(False, torch.float32, (logits, *rest), "mean")
+    for refusal in ("", "too old"):
+        monkeypatch.setattr("unet_kernels._triton.why_not", lambda *about, refusal=refusal: refusal)
+        loss, denominator = module._cuda(logits, *rest, -100, "mean")
+        gradient = module._backward_cuda(torch.tensor(1.5, device=device), logits, *rest, denominator, -100)
+        torch.testing.assert_close((loss, gradient), want, rtol=1e-5, atol=1e-7)
+
+
+def test_what_the_kernels_cannot_take_is_left_to_torch() -> None:
+    assert "classes" in _module().why_not(torch.empty(1, MOST_CLASSES + 1, 2, 2, device="meta"))
+    assert "pixels" in _module().why_not(torch.empty(1, 2, 2**16, 2**16, device="meta"))
+
+
+@pytest.mark.parametrize("classes", [2, pytest.param(16, marks=pytest.mark.slow), 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_compiled_code_is_within_budget(classes: int, dtype: torch.dtype) -> None:
+    from tests.proof import aot
+
+    module = _module()
+    logits = torch.empty(1, classes, 388, 388, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    target = torch.empty(1, 388, 388, dtype=torch.int64, device="meta")
+    weight, balance = torch.empty(1, 388, 388, device="meta"), torch.empty(classes, device="meta")
+    scalar = torch.empty((), device="meta")
+    kernels = {
+        "_fwd_kernel": lambda: launch_weighted_cross_entropy_fwd(logits, target, weight, balance, -100, "none"),
+        "_bwd_kernel": lambda: launch_weighted_cross_entropy_bwd(scalar, logits, target, weight, balance, scalar, -100),
+    }
+    for name, call in kernels.items():
+        [launch] = aot.recorded(module, name, call)
+        for chip in aot.ELEMENTWISE_CHIPS:
+            aot.Budget(registers=128, shared_bytes=8192).check(aot.compiled(launch, chip))
+
+
+# ---- the head's Triton kernels
+
+
+def _head_of(
+    launch: bool, dtype: torch.dtype, maps: tuple[Any, ...], reduction: str, needs: tuple[bool, ...] = (True,) * 3
+) -> list[Tensor]:
+    """Loss and the gradients of x, weight and bias, by our kernels or by ATen's autograd of the specification."""
+    *tensors, target, pixel_weight, class_weight = maps
+    tensors = [t.detach().to(dtype) for t in tensors]
+    rest = (target, pixel_weight, class_weight)
+    dloss = torch.linspace(0.5, 2, target.numel()).reshape(target.shape)
+    dloss = (dloss if reduction == "none" else torch.tensor(1.5)).to(target.device)
+    if launch:
+        loss, denominator = guarded_launch(launch_head_cross_entropy_fwd, *tensors, *rest, -100, reduction)
+        gradients = launch_head_cross_entropy_bwd(dloss, *tensors, *rest, denominator, -100, needs)
+        return [loss, *gradients]
+    leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors]
+    loss = reference.head_cross_entropy(*leaves, *rest, -100, reduction)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, dloss.to(loss.dtype))]
+
+
+# N, C, K, H, W
+HEADS = {
+    "one pixel": (1, 4, 2, 1, 1),
+    "the paper's": (1, 64, 2, 9, 15),
+    "several blocks of several images": (2, 16, 3, 17, 19),
+    "few channels": (1, 3, 2, 8, 20),
+    "many of both": (1, 100, 12, 5, 7),
+}
+
+
+def _head_maps(shape: tuple[int, ...], *, weighted: bool, device: torch.device) -> tuple[Any, ...]:
+    n, c, k, h, w = shape
+    x = torch.randn(n, c, h, w, dtype=torch.float64)
+    weight, bias = torch.randn(k, c, 1, 1, dtype=torch.float64) / c**0.5, torch.randn(k, dtype=torch.float64)
+    _, target, pixel_weight, class_weight = _drawn((n, k, h, w), weighted=weighted, device=device)
+    return x.to(device), weight.to(device), bias.to(device), target, pixel_weight, class_weight
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "weighted_mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", HEADS)
+def test_the_heads_kernels_are_as_near_as_torch(
+    shape: str, dtype: torch.dtype, reduction: str, weighted: bool, device: torch.device
+) -> None:
+    *tensors, target, pixel_weight, class_weight = _head_maps(HEADS[shape], weighted=weighted, device=device)
+    maps = (*(t.to(dtype).double() for t in tensors), target, pixel_weight, class_weight)
+    exact, torchs, ours = (
+        _head_of(launch, kind, maps, reduction)
+        for launch, kind in ((False, torch.float64), (False, dtype), (True, dtype))
+    )
+    assert_as_close_as(torchs[0], ours[0], exact[0])
+    for theirs, got, want in zip(torchs[1:], ours[1:], exact[1:], strict=True):
+        assert_gradient(theirs, got, want)
+    assert ours[1].stride() == tensors[0].stride()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_heads_kernels_take_any_strides(layout: str, device: torch.device) -> None:
+    x, *rest = _head_maps((2, 5, 3, 6, 7), weighted=True, device=device)
+    want = _head_of(True, torch.float32, (x, *rest), "mean")
+    got = _head_of(True, torch.float32, (awkward(x.float(), layout), *rest), "mean")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_the_heads_kernels_make_only_what_is_needed(needs: tuple[bool, ...], device: torch.device) -> None:
+    maps = _head_maps((1, 5, 2, 6, 7), weighted=True, device=device)
+    want, got = _head_of(True, torch.float32, maps, "sum"), _head_of(True, torch.float32, maps, "sum", needs)
+    for needed, all_of_it, part in zip(needs, want[1:], got[1:], strict=True):
+        if needed:
+            assert_same_bits(part, all_of_it)
+        else:
+            assert part.numel() == 0
+
+
+@pytest.mark.interpreter
+def test_one_program_of_the_head_takes_many_blocks_in_order(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps = _head_maps((2, 4, 2, 20, 30), weighted=True, device=device)
+    want = _head_of(True, torch.float32, maps, "mean")
+    monkeypatch.setattr(_module(), "HEAD_PROGRAMS", 3)
+    got = _head_of(True, torch.float32, maps, "mean")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+    again = _head_of(True, torch.float32, maps, "mean")
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.interpreter
+def test_shares_too_small_for_float16_are_not_lost_by_the_head(device: torch.device) -> None:
+    # 64 x 64 pixels of weight 1e-4: a pixel's share of the mean is 2e-8, and float16 ends at 6e-8
+    x, weight, bias, target, *_ = _head_maps((1, 16, 2, 64, 64), weighted=False, device=device)
+    maps = (x, weight, bias, target, torch.full(target.shape, 1e-4, device=device), None)
+    exact = _head_of(False, torch.float64, maps, "mean")
+    ours = _head_of(True, torch.float16, maps, "mean")
+    for got, want in zip(ours[2:], exact[2:], strict=True):
+        assert ((got.double() - want).norm() / want.norm()).item() < 0.02
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_nan_goes_where_the_references_goes_through_the_head(device: torch.device) -> None:
+    maps = _head_maps((1, 5, 2, 6, 7), weighted=True, device=device)
+    maps[0][0, 2, 1, 1], maps[3][0, 1, 1] = torch.nan, 1
+    ours, theirs = (_head_of(launch, torch.float32, maps, "none") for launch in (True, False))
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_head_of_nothing_is_zero(reduction: str, device: torch.device) -> None:
+    x, weight, bias, target, *_ = _head_maps((1, 5, 2, 6, 7), weighted=False, device=device)
+    empty = (x[:, :, :0], weight, bias, target[:, :0], None, None)
+    loss, dx, dweight, dbias = _head_of(True, torch.float32, empty, reduction)
+    assert loss.item() == 0
+    assert dx.shape == (1, 5, 0, 7)
+    assert not dweight.any()
+    assert not dbias.any()
+    assert dweight.shape == weight.shape
+
+
+@pytest.mark.interpreter
+def test_on_cuda_the_heads_ops_take_the_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _module()
+    maps = [
+        t.float() if t is not None and t.is_floating_point() else t
+        for t in _head_maps((1, 5, 2, 6, 7), weighted=True, device=device)
+    ]
+    want = _head_of(False, torch.float32, tuple(maps), "mean")
+    for refusal in ("", "too old"):
+        monkeypatch.setattr(module, "head_why_not", lambda *about, refusal=refusal: refusal)
+        loss, denominator = module._head_cuda(*maps, -100, "mean")
+        gradients = module._head_backward_cuda(
+            torch.tensor(1.5, device=device), *maps, denominator, -100, [True, True, True]
+        )
+        torch.testing.assert_close([loss, *gradients], want, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_heads_kernels_cannot_take_is_left_to_torch() -> None:
+    why_not = _module().head_why_not
+    x, weight = torch.empty(1, 4, 2, 2), torch.empty(2, 4, 1, 1)
+    assert "channels" in why_not(torch.empty(1, MOST_CHANNELS + 1, 2, 2), weight)
+    assert "classes" in why_not(x, torch.empty(MOST_HEAD_CLASSES + 1, 4, 1, 1))
+    assert "cpu" in why_not(x, weight)
+
+
+def test_second_derivatives_of_the_head() -> None:
+    _, target = _maps()
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 4, 1, 1, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradgradcheck(lambda *tensors: uk.head_cross_entropy(*tensors, target), (x, weight, bias))
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(64, 2), pytest.param(128, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_compiled_code_of_the_head_is_within_budget(channels: int, classes: int, dtype: torch.dtype) -> None:
+    from tests.proof import aot
+
+    module = _module()
+    x = torch.empty(1, channels, 388, 388, dtype=dtype, device="meta").contiguous(memory_format=torch.channels_last)
+    head = (
+        torch.empty(classes, channels, 1, 1, dtype=dtype, device="meta"),
+        torch.empty(classes, dtype=dtype, device="meta"),
+    )
+    target = torch.empty(1, 388, 388, dtype=torch.int64, device="meta")
+    weight, balance = torch.empty(1, 388, 388, device="meta"), torch.empty(classes, device="meta")
+    scalar, rest = torch.empty((), device="meta"), (target, weight, balance)
+    kernels = {
+        "_head_fwd_kernel": lambda: launch_head_cross_entropy_fwd(x, *head, *rest, -100, "none"),
+        "_head_bwd_kernel": lambda: launch_head_cross_entropy_bwd(
+            scalar, x, *head, *rest, scalar, -100, (True, True, True)
+        ),
+    }
+    for name, call in kernels.items():
+        [launch] = aot.recorded(module, name, call)
+        for chip in aot.CHIPS:
+            aot.Budget(registers=255).check(aot.compiled(launch, chip))

@@ -8,7 +8,15 @@ do. Symbols: N batch, C channels, K classes, H rows, W columns; rows always come
 from .border import border_radius, border_weight, cut_gap, two_nearest_cells
 from .components import connected_components, number_roots
 from .convolution import conv3x3_relu, conv3x3_relu_cat, crop_concat, crop_to, max_pool2x2, uncrop, up_conv
-from .loss import at_least_float32, chosen, head_cross_entropy, over, pixel_factors, weighted_cross_entropy
+from .loss import (
+    at_least_float32,
+    chosen,
+    denominator,
+    head_cross_entropy,
+    over,
+    pixel_factors,
+    weighted_cross_entropy,
+)
 from .warp import displaced, elastic_warp, gather, lut_segment, mirror, sample, taps, transformed, window
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "crop_concat",
     "crop_to",
     "cut_gap",
+    "denominator",
     "displaced",
     "elastic_warp",
     "gather",

@@ -4,7 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["at_least_float32", "chosen", "head_cross_entropy", "over", "pixel_factors", "weighted_cross_entropy"]
+__all__ = [
+    "at_least_float32",
+    "chosen",
+    "denominator",
+    "head_cross_entropy",
+    "over",
+    "pixel_factors",
+    "weighted_cross_entropy",
+]
 
 
 def weighted_cross_entropy(
@@ -30,8 +38,23 @@ def weighted_cross_entropy(
         return loss
     if reduction == "sum":
         return loss.sum()
-    class_factor, factor = pixel_factors(logits, *chosen(target, ignore_index), pixel_weight, weight)
-    return over(loss.sum(), (class_factor if reduction == "mean" else factor).sum())
+    return over(loss.sum(), denominator(logits, target, pixel_weight, weight, ignore_index, reduction))
+
+
+def denominator(
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """What a reduction divides by, a scalar in the loss's dtype: 1 for "none" and "sum", 0 without a valid pixel."""
+    wide = at_least_float32(logits[:0])
+    if reduction in ("none", "sum"):
+        return wide.new_ones(())
+    class_factor, factor = pixel_factors(wide, *chosen(target, ignore_index), pixel_weight, weight)
+    return (class_factor if reduction == "mean" else factor).sum()
 
 
 def chosen(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
