@@ -23,8 +23,22 @@ OPS = (
     "connected_components",
 )
 
-# the ops that have a kernel of ours, each with the question its CUDA implementation asks before it takes that kernel
-_KERNELS: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {"crop_concat": _triton.why_not}
+
+def _labels(device: torch.device, dtype: torch.dtype | None) -> str:
+    # ids are 32 bits wide, whatever dtype the maps have
+    return _triton.why_not(device)
+
+
+# the ops that have a kernel of ours, each with the question its CUDA implementation asks before it takes that kernel;
+# beyond a size that its module names, an op goes to ATen all the same
+_KERNELS: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {
+    "crop_concat": _triton.why_not,
+    "weighted_cross_entropy": _triton.why_not,
+    "head_cross_entropy": _triton.why_no_dot,
+    "two_nearest_cells": _labels,
+    "cut_gap": _labels,
+    "border_weight": _labels,
+}
 _CUDA: dict[str, Callable[[torch.device], str]] = {"connected_components": _native.why_not_cuda}
 # likewise on a CPU
 _NATIVE: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {

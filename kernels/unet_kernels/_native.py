@@ -12,7 +12,7 @@ import torch
 __all__ = ["ABI_VERSION", "NativeLibraryMissing", "cuda", "describe", "missing", "native", "why_not", "why_not_cuda"]
 
 # UNET_ABI_VERSION of kernels/native/include/unet_native.h
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
 
@@ -32,6 +32,10 @@ def native() -> ctypes.CDLL:
     library.unet_build_info.restype = ctypes.c_char_p
     sizes, pointers = (ctypes.c_int64,) * 3, (ctypes.c_void_p,) * 2
     library.unet_two_nearest_cells_cpu.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_double, *pointers)
+    library.unet_border_sum_cpu.argtypes = (
+        *(ctypes.c_void_p, *sizes, ctypes.c_float),
+        *(ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p),
+    )
     images, thresholds = (ctypes.c_void_p, ctypes.c_void_p, *sizes), (ctypes.c_void_p, ctypes.c_int64)
     library.unet_connected_components_cpu.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_int32, ctypes.c_void_p)
     library.unet_watershed_cells_cpu.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_void_p)

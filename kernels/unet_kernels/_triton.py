@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["INTERPRETED", "MISSING", "jit", "on_device", "tl", "triton", "why_not"]
+__all__ = ["INTERPRETED", "MISSING", "jit", "on_device", "tl", "triton", "why_no_dot", "why_not"]
 
 # read when this is imported, as Triton does when a kernel is decorated
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,6 +49,14 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str:
     if dtype == torch.float64:
         return "float64 is left to torch"
     return ""
+
+
+def why_no_dot(device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """Likewise for a kernel that multiplies matrices."""
+    refusal = why_not(device, dtype)
+    if refusal or torch.version.hip is not None:
+        return refusal
+    return "" if torch.cuda.get_device_capability(device) >= (8, 0) else "the device is older than sm_80"
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:

@@ -199,7 +199,7 @@ def _touches(instances_ptr, at, here, y, x, H, W, inside):  # type: ignore[no-un
 def _rows_kernel(  # type: ignore[no-untyped-def]
     instances_ptr, columns_ptr, first_ptr, second_ptr,
     H, W, band_top, band, stride_plane, furthest, reach_squared,
-    w0, exponent, of_background, of_cell,
+    w0, exponent, limit, of_background, of_cell,
     WEIGHT: tl.constexpr, EVERYWHERE: tl.constexpr, GAP: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     x = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
@@ -226,7 +226,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             wanted = background
 
     dx = 1
-    while (dx <= furthest) & (tl.max(tl.where(wanted, best2, 0), axis=0) > dx * dx):
+    going = tl.max(tl.where(wanted, best2, 0), axis=0) > 1
+    while (dx <= furthest) & going:
         # several steps a look: what a step too many finds is no nearer, and changes nothing
         for _ in tl.static_range(STEPS):
             left, right = x - dx, x + dx
@@ -245,12 +246,17 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             squared = tl.load(row2_best + right, mask=there & (near > 0), other=0)
             id1, best1, id2, best2 = _offer(id1, best1, id2, best2, near, squared + dx * dx)
             dx += 1
+        better = wanted & (best2 > dx * dx)
+        if WEIGHT:
+            # what is still to be found lies dx away at least
+            step = dx.to(tl.float32)
+            better = better & (tl.minimum(tl.sqrt_rn(best1.to(tl.float32)), step) + step <= limit)
+        going = tl.max(better.to(tl.int32), axis=0) > 0
 
     absent1, absent2 = best1 > reach_squared, best2 > reach_squared
     if WEIGHT:
-        # correctly rounded while a squared distance is below 2^24, and Eq. 2's term is 0 long before
-        d = tl.sqrt(best1.to(tl.float32)) + tl.sqrt(best2.to(tl.float32))
-        term = tl.where(absent2 | (wanted == 0), 0.0, w0 * tl.exp(d * d * exponent))
+        d = tl.sqrt_rn(best1.to(tl.float32)) + tl.sqrt_rn(best2.to(tl.float32))
+        term = tl.where(absent2 | (d > limit) | (wanted == 0), 0.0, w0 * tl.exp(d * d * exponent))
         weight = tl.where(here < 0, 0.0, tl.where(background, of_background, of_cell) + term)
         tl.store(first_ptr + at, weight, mask=inside)
     else:
@@ -292,8 +298,8 @@ def launch_border_weight_fwd(
 ) -> Tensor:
     """instances [N, H, W] int32, at most LARGEST rows and columns."""
     weight = torch.empty(instances.shape, dtype=torch.float32, device=instances.device)
-    radius = reference.border_radius(w0, sigma_px)
-    _launch(instances, radius, weight, weight, weigh=(w0, sigma_px, class_weight or (1.0, 1.0), region == "all", gap))
+    limit = reference.border_limit(w0, sigma_px)
+    _launch(instances, limit, weight, weight, weigh=(w0, sigma_px, class_weight or (1.0, 1.0), region == "all", gap))
     return weight
 
 
@@ -329,6 +335,7 @@ def _launch(
     band = min(H, SEGMENT * max(1, BAND_BYTES // (16 * N * W * SEGMENT)))
     summary = torch.empty((N, segments, 8, W), dtype=torch.int32, device=instances.device)
     columns = torch.empty((4, N, band, W), dtype=torch.int32, device=instances.device)
+    limit = float(max_radius or 0.0)
     w0, sigma_px, (of_background, of_cell), everywhere, gap = weigh or (0.0, 1.0, (0.0, 0.0), False, False)
     wide, narrow = -(-W // BLOCK_W), -(-W // BLOCK_P)
     with _triton.on_device(instances):
@@ -346,7 +353,7 @@ def _launch(
             _rows_kernel[(narrow, rows, N)](
                 instances, columns, first, second,
                 H, W, band_top, band, columns.stride(0), min(furthest, W - 1), reach_squared,
-                float(w0), -0.5 / sigma_px / sigma_px, float(of_background), float(of_cell),
+                float(w0), -0.5 / sigma_px / sigma_px, limit, float(of_background), float(of_cell),
                 WEIGHT=weigh is not None, EVERYWHERE=everywhere, GAP=gap, STEPS=2, BLOCK_P=BLOCK_P, num_warps=1,
             )  # fmt: skip
 
@@ -368,6 +375,18 @@ def launch_two_nearest_cells_cpu(instances: Tensor, max_radius: float | None) ->
     if status:
         raise MemoryError(f"two_nearest_cells needs 24 bytes a pixel of {list(instances.shape[1:])}")
     return d1, d2
+
+
+def launch_border_sum_cpu(instances: Tensor, limit: float, everywhere: bool, gap: bool) -> Tensor:
+    """The C++ kernel: `reference.border_sum` of instances [N, H, W] int32 on a CPU."""
+    instances = instances.contiguous()
+    found = torch.empty(instances.shape, dtype=torch.float32)
+    status = _native.native().unet_border_sum_cpu(
+        instances.data_ptr(), *instances.shape, limit, everywhere, gap, found.data_ptr()
+    )
+    if status:
+        raise MemoryError(f"border_weight needs 24 bytes a pixel of {list(instances.shape[1:])}")
+    return found
 
 
 def _two_nearest(instances: Tensor, max_radius: float | None) -> tuple[Tensor, Tensor]:
@@ -414,9 +433,8 @@ def _(instances: Tensor) -> Tensor:
 def _border_weight_op(
     instances: Tensor, w0: float, sigma_px: float, class_weight: Sequence[float] | None, region: str, gap: bool
 ) -> Tensor:
-    return reference.border_weight(
-        instances, w0, sigma_px, class_weight, region, gap, nearest=_two_nearest
-    ).contiguous()
+    sums = None if _native.why_not(instances.device) else launch_border_sum_cpu
+    return reference.border_weight(instances, w0, sigma_px, class_weight, region, gap, sums).contiguous()
 
 
 @_border_weight_op.register_kernel("cuda")

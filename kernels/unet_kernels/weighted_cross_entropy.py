@@ -364,10 +364,7 @@ def head_why_not(x: Tensor, weight: Tensor) -> str:
     """Why the Triton kernels cannot take x [N, C, H, W] and weight [K, C, 1, 1], or "" if they can."""
     if x.shape[1] > MOST_CHANNELS or weight.shape[0] > MOST_HEAD_CLASSES:
         return f"more than {MOST_CHANNELS} channels or {MOST_HEAD_CLASSES} classes are left to torch"
-    refusal = why_not(x[:, :1])
-    if refusal or torch.version.hip is not None:
-        return refusal
-    return "" if torch.cuda.get_device_capability(x.device) >= (8, 0) else "the device is older than sm_80"
+    return why_not(x[:, :1]) or _triton.why_no_dot(x.device, x.dtype)
 
 
 def launch_head_cross_entropy_fwd(

@@ -19,6 +19,7 @@ from tests.proof.yardstick import assert_same_bits
 from unet_kernels import _native, reference
 from unet_kernels.border_weight import (
     LARGEST,
+    launch_border_sum_cpu,
     launch_border_weight_fwd,
     launch_cut_gap_fwd,
     launch_two_nearest_cells_cpu,
@@ -96,6 +97,19 @@ def test_the_cpp_kernel_has_the_bits_of_the_reference(instances: np.ndarray, rad
     with torch.device("cpu"):
         got, want = launch_two_nearest_cells_cpu(ids, radius), reference.two_nearest_cells(ids, radius)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, want, strict=True))
+
+
+@given(instances=label_maps(), limit=st.sampled_from([0.0, 1.0, 2.0, 5.0, 12.0, 39.0, 1e9]), copies=st.integers(1, 3))
+def test_the_cpp_sums_have_the_bits_of_the_reference(instances: np.ndarray, limit: float, copies: int) -> None:
+    if _native.why_not(torch.device("cpu")):
+        pytest.skip(_native.why_not(torch.device("cpu")))
+    ids = torch.from_numpy(instances.astype(np.int32))[None].repeat(copies, 1, 1)
+    ids[1:] = ids[1:].flip(2)
+    with torch.device("cpu"):
+        for everywhere in (False, True):
+            for gap in (False, True):
+                got = launch_border_sum_cpu(ids, limit, everywhere, gap)
+                assert torch.equal(got, reference.border_sum(ids, limit, everywhere, gap))
 
 
 def test_memory_does_not_grow_with_the_number_of_cells() -> None:

@@ -38,7 +38,8 @@ def test_on_a_cpu_the_lane_is_whether_the_library_is_there(op: str, monkeypatch:
     assert uk.lane(op, "cpu") == uk.lane(op, torch.device("cpu")) == ("native", "our C++ kernel")
     # a GPU's tensors are not its business
     if op not in NATIVE_CUDA:
-        assert uk.lane(op, "cuda") == ("torch", "ATen, the reference; no kernel of ours yet")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert uk.lane(op, "cuda") == ("triton", "our kernel")
     assert _native.why_not(torch.device("cuda")) == "the C++ library is for the CPU, not cuda"
 
     def missing() -> None:
@@ -73,6 +74,13 @@ def test_on_a_gpu_the_lane_is_what_the_op_itself_asks(monkeypatch: pytest.Monkey
     assert uk.lane("crop_concat", device, torch.float16) == ("triton", "our kernel")
     assert uk.lane("crop_concat", device, torch.float64) == ("torch", "float64 is left to torch")
     assert uk.lane("conv3x3_relu", device)[0] == "torch"
+    for op in ("weighted_cross_entropy", "head_cross_entropy", "two_nearest_cells", "cut_gap", "border_weight"):
+        assert uk.lane(op, device) == ("triton", "our kernel")
+    # ids are no floats: the dtype of a net does not matter to them
+    assert uk.lane("border_weight", device, torch.float64) == ("triton", "our kernel")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert uk.lane("weighted_cross_entropy", device) == ("triton", "our kernel")
+    assert uk.lane("head_cross_entropy", device) == ("torch", "the device is older than sm_80")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert uk.lane("crop_concat", device) == ("torch", "the device is older than sm_75")
     monkeypatch.setattr(_triton, "MISSING", "triton cannot be imported (No module named 'triton')")

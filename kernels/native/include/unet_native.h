@@ -12,7 +12,7 @@
 #endif
 
 // Raised by one with every change to a signature; Python refuses a library with another number.
-#define UNET_ABI_VERSION 3
+#define UNET_ABI_VERSION 4
 
 // what a function returns
 #define UNET_OK 0
@@ -41,6 +41,11 @@ UNET_API int32_t unet_thread_count(void);
 // as absent; a missing cell is INFINITY.
 UNET_API int32_t unet_two_nearest_cells_cpu(const int32_t *instances, int64_t count, int64_t height, int64_t width,
                                             double max_radius, float *d1, float *d2);
+// d1 + d2 of the same where Eq. 2's border term applies, that is, where the sum is at most limit and the pixel is
+// background (gap: or a cell's with a 4-neighbour of another cell) or, with `everywhere`, any that is not ignored;
+// INFINITY elsewhere.
+UNET_API int32_t unet_border_sum_cpu(const int32_t *instances, int64_t count, int64_t height, int64_t width, float limit,
+                                     int32_t everywhere, int32_t gap, float *sum);
 
 // Stacks of slices, [count, height, width], contiguous, height * width below 2^31; masks are bytes of 0 and 1. OpenMP
 // shares slices, and thresholds where there are some, among its threads.

@@ -131,6 +131,20 @@ void distances_are_distances() {
         expect(d1[p] <= d2[p] && (std::isinf(d2[p]) || d2[p] <= radius), "near, then next, then nothing");
       }
     }
+    std::vector<float> d1(mask.size()), d2(mask.size()), sum(mask.size(), -1);
+    unet_two_nearest_cells_cpu(instances.data(), shape.count, shape.height, shape.width, INFINITY, d1.data(), d2.data());
+    for (const float limit : {0.0f, 4.0f, 1e9f}) {
+      for (const int32_t everywhere : {0, 1}) {
+        expect(unet_border_sum_cpu(instances.data(), shape.count, shape.height, shape.width, limit, everywhere, 0,
+                                   sum.data()) == UNET_OK,
+               "border_sum has memory");
+        for (size_t p = 0; p < mask.size(); ++p) {
+          const bool there = instances[p] == 0 || (everywhere && instances[p] > 0);
+          const bool counts = there && d1[p] + d2[p] <= limit;
+          expect(counts ? sum[p] == d1[p] + d2[p] : std::isinf(sum[p]), "the sum of both, or nothing");
+        }
+      }
+    }
   });
 }
 

@@ -5,7 +5,7 @@ floating dtype (float64 included), any strides and any device. No function here 
 do. Symbols: N batch, C channels, K classes, H rows, W columns; rows always come first.
 """
 
-from .border import border_radius, border_weight, cut_gap, two_nearest_cells
+from .border import border_limit, border_sum, border_weight, cut_gap, two_nearest_cells
 from .components import connected_components, number_roots
 from .convolution import conv3x3_relu, conv3x3_relu_cat, crop_concat, crop_to, max_pool2x2, uncrop, up_conv
 from .loss import (
@@ -21,7 +21,8 @@ from .warp import displaced, elastic_warp, gather, lut_segment, mirror, sample, 
 
 __all__ = [
     "at_least_float32",
-    "border_radius",
+    "border_limit",
+    "border_sum",
     "border_weight",
     "chosen",
     "connected_components",

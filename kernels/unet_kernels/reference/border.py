@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["border_radius", "border_weight", "cut_gap", "two_nearest_cells"]
+__all__ = ["border_limit", "border_sum", "border_weight", "cut_gap", "two_nearest_cells"]
 
 
 # no squared distance reaches this, and adding two of them does not overflow an int64
@@ -102,24 +102,32 @@ def border_weight(
     class_weight: Sequence[float] | None = None,
     region: str = "background",
     gap: bool = True,
-    nearest: Callable[[Tensor, float | None], tuple[Tensor, Tensor]] = two_nearest_cells,
+    sums: Callable[[Tensor, float, bool, bool], Tensor] | None = None,
 ) -> Tensor:
     """Eq. 2, w_c + w0 exp(-(d1 + d2)^2 / (2 sigma^2)), float32 [N, H, W]; 0 where instances are negative (ignored).
 
-    `nearest` is where the distances come from: the specification, or a kernel that equals it.
+    `sums` is where d1 + d2 comes from: the specification, or a kernel that equals it.
     """
-    kept = cut_gap(instances) if gap else instances
-    background = kept == 0
-    d1, d2 = nearest(instances, border_radius(w0, sigma_px))
-    # a missing second cell leaves d2 infinite, and exp(-inf) is the promised 0
-    term = w0 * torch.exp(-((d1 + d2) ** 2) / (2 * sigma_px * sigma_px))
-    if region == "background":
-        term = torch.where(background, term, 0)
+    together = (sums or border_sum)(instances, border_limit(w0, sigma_px), region == "all", gap)
+    # where there is no sum it is infinite; so may be sigma squared
+    term = torch.where(together.isinf(), 0, w0 * torch.exp(-(together**2) / (2 * sigma_px * sigma_px)))
     of_background, of_cell = (1.0, 1.0) if class_weight is None else class_weight
-    balance = torch.where(background, of_background, of_cell)
+    balance = torch.where(_background(instances, gap), of_background, of_cell)
     return torch.where(instances < 0, 0, balance + term).float()
 
 
-def border_radius(w0: float, sigma_px: float) -> float:
-    """Distance in pixels beyond which Eq. 2's term is below 1e-12, so that no cell further off needs to be found."""
-    return sigma_px * math.sqrt(2 * math.log(max(w0, 1e-12) / 1e-12)) + 1
+def border_sum(instances: Tensor, limit: float, everywhere: bool, gap: bool) -> Tensor:
+    """d1 + d2, float32 [N, H, W], where Eq. 2's term applies: the background (with `everywhere` all that is not
+    ignored) as far as the sum is at most `limit`; infinite elsewhere."""
+    d1, d2 = two_nearest_cells(instances, limit)
+    there = (instances >= 0) & (everywhere | _background(instances, gap))
+    return torch.where(there & (d1 + d2 <= limit), d1 + d2, math.inf)
+
+
+def _background(instances: Tensor, gap: bool) -> Tensor:
+    return (cut_gap(instances) if gap else instances) == 0
+
+
+def border_limit(w0: float, sigma_px: float) -> float:
+    """d1 + d2, in whole pixels, above which Eq. 2's term is below 1e-12 and left out: nobody need look further."""
+    return float(math.ceil(min(1e9, sigma_px * math.sqrt(2 * math.log(max(w0, 1e-12) / 1e-12)))))
