@@ -249,7 +249,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         better = wanted & (best2 > dx * dx)
         if WEIGHT:
             # what is still to be found lies dx away at least
-            step = dx.to(tl.float32)
+            step = dx * 1.0
             better = better & (tl.minimum(tl.sqrt_rn(best1.to(tl.float32)), step) + step <= limit)
         going = tl.max(better.to(tl.int32), axis=0) > 0
 

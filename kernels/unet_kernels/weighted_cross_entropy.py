@@ -542,10 +542,11 @@ def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @_checks.outside_autocast
 def _second(ctx: Any, ddlogits: Tensor) -> tuple[Tensor | None, ...]:
     """Of the derivative's own formula, by ATen: rarely wanted, and then right rather than fast."""
-    dloss, logits, *rest = ctx.saved_tensors
+    saved = ctx.saved_tensors
     with torch.enable_grad():
-        leaves = dloss.detach().requires_grad_(), logits.detach().requires_grad_()
-        dlogits = _logits_gradient(*leaves, *rest, ctx.ignore_index)
+        leaves = [t.detach().requires_grad_() for t in saved[:2]]
+        arguments = (*leaves, *saved[2:], ctx.ignore_index)
+        dlogits = _logits_gradient(*arguments)
         return *torch.autograd.grad(dlogits, leaves, ddlogits), None, None, None, None, None
 
 

@@ -663,3 +663,20 @@ def test_compiled_code_of_the_head_is_within_budget(channels: int, classes: int,
         [launch] = aot.recorded(module, name, call)
         for chip in aot.CHIPS:
             aot.Budget(registers=255).check(aot.compiled(launch, chip))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["none", "weighted_mean"])
+def test_the_derivatives_are_well_formed_operators(reduction: str) -> None:
+    x, weight, bias, target, pixel_weight, class_weight = _head_maps(
+        (1, 5, 3, 4, 6), weighted=True, device=torch.device("cpu")
+    )
+    logits = F.conv2d(x, weight, bias)
+    loss = reference.weighted_cross_entropy(logits, target, pixel_weight, class_weight, -100, reduction)
+    denominator = reference.denominator(logits, target, pixel_weight, class_weight, -100, reduction)
+    dloss, rest = torch.rand_like(loss), (target, pixel_weight, class_weight, denominator, -100)
+    torch.library.opcheck(torch.ops.unet.weighted_cross_entropy_backward.default, (dloss, logits, *rest))
+    for needs in ([True, True, True], [False, True, False]):
+        torch.library.opcheck(
+            torch.ops.unet.head_cross_entropy_backward.default, (dloss, x, weight, bias, *rest, needs)
+        )
