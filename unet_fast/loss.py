@@ -1,13 +1,23 @@
 """The paper's loss as a module: Eq. 1 weighted by Eq. 2, which is made on the fly from the cells' ids."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import unet_kernels
 
-__all__ = ["BorderWeightedCrossEntropy"]
+__all__ = ["VARIANTS", "BorderWeightedCrossEntropy"]
+
+# weight maps that were published: the paper's; the constants of Freiburg's later code (2019), whose background fades to
+# a tenth away from cells; Eq. 2 read to the letter, with its term inside cells too
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "freiburg-2019": {"w0": 50.0, "sigma_px": 6.0, "fade": (0.1, 10.0)},
+    "all-pixels": {"region": "all"},
+}
 
 
 class BorderWeightedCrossEntropy(nn.Module):
@@ -19,6 +29,8 @@ class BorderWeightedCrossEntropy(nn.Module):
         class_weight: w_c, one number per class, background first (`unet_fast.class_balance`); None is 1 for all.
         region: where the border term applies, "background" or "all" (`unet_kernels.border_weight`).
         gap: the background is that of `cut_gap(instances)`; False where a given target has no gap between cells.
+        fade: (v, sigma in pixels): the background's w_c is multiplied by v + (1 - v) exp(-d1^2 / (2 sigma^2)), which
+            is 1 at a cell and v far from all; None leaves it.
         reduction: as in `unet_kernels.weighted_cross_entropy`: "mean" divides by the number of pixels, never by the
             weights; "sum" is the paper's.
 
@@ -35,12 +47,26 @@ class BorderWeightedCrossEntropy(nn.Module):
         class_weight: Sequence[float] | None = None,
         region: str = "background",
         gap: bool = True,
+        fade: tuple[float, float] | None = None,
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        if fade is not None and not (len(fade) == 2 and 0 <= fade[0] <= 1 and 0 < fade[1] < math.inf):
+            raise ValueError(f"fade must be a share from 0 to 1 and a number of pixels above 0, got {fade}")
         self.w0, self.sigma_px, self.region, self.reduction = w0, sigma_px, region, reduction
-        self.gap = gap
+        self.gap, self.fade = gap, fade
         self.class_weight = None if class_weight is None else tuple(map(float, class_weight))
+
+    @classmethod
+    def variant(cls, name: str, **settings: Any) -> "BorderWeightedCrossEntropy":
+        """The loss with a published weight map's settings, those of `VARIANTS`, and others that are given.
+
+        >>> BorderWeightedCrossEntropy.variant("freiburg-2019").w0
+        50.0
+        """
+        if name not in VARIANTS:
+            raise ValueError(f"name must be one of {', '.join(VARIANTS)}, got {name!r}")
+        return cls(**{**VARIANTS[name], **settings})
 
     def forward(self, logits: Tensor, instances: Tensor, target: Tensor | None = None) -> Tensor:
         """The loss of logits [N, K, h, w] against cells.
@@ -91,6 +117,13 @@ class BorderWeightedCrossEntropy(nn.Module):
         else:
             table = torch.tensor(self.class_weight, device=target.device)
             balance = table[target.clamp(0, len(table) - 1).long()]
+        if self.fade is not None:
+            far, sigma_px = self.fade
+            # six sigmas from a cell, e^-18 is left
+            near, _ = unet_kernels.two_nearest_cells(instances, max_radius=6 * sigma_px)
+            near = _centre(near, *target.shape[-2:])
+            faded = far + (1 - far) * torch.exp(-(near**2) / (2 * sigma_px * sigma_px))
+            balance = torch.where(target == 0, balance * faded, balance)
         if not self.w0:
             return balance
         border = unet_kernels.border_weight(

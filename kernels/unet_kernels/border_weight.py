@@ -197,7 +197,7 @@ def _touches(instances_ptr, at, here, y, x, H, W, inside):  # type: ignore[no-un
 
 @jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
-    instances_ptr, columns_ptr, first_ptr, second_ptr,
+    instances_ptr, columns_ptr, cells_ptr, first_ptr, second_ptr,
     H, W, band_top, band, stride_plane, furthest, reach_squared,
     w0, exponent, limit, of_background, of_cell,
     WEIGHT: tl.constexpr, EVERYWHERE: tl.constexpr, GAP: tl.constexpr, STEPS: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -225,8 +225,12 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         if not EVERYWHERE:
             wanted = background
 
+    # 0, 1, or 2 for more: nobody looks for a cell that is not there
+    cells = 2
+    if cells_ptr is not None:
+        cells = tl.load(cells_ptr + n)
     dx = 1
-    going = tl.max(tl.where(wanted, best2, 0), axis=0) > 1
+    going = (cells > 0) & (tl.max(tl.where(wanted, tl.where(cells > 1, best2, best1), 0), axis=0) > 1)
     while (dx <= furthest) & going:
         # several steps a look: what a step too many finds is no nearer, and changes nothing
         for _ in tl.static_range(STEPS):
@@ -246,7 +250,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             squared = tl.load(row2_best + right, mask=there & (near > 0), other=0)
             id1, best1, id2, best2 = _offer(id1, best1, id2, best2, near, squared + dx * dx)
             dx += 1
-        better = wanted & (best2 > dx * dx)
+        better = wanted & (tl.where(cells > 1, best2, best1) > dx * dx)
         if WEIGHT:
             # what is still to be found lies dx away at least
             step = dx * 1.0
@@ -336,6 +340,8 @@ def _launch(
     summary = torch.empty((N, segments, 8, W), dtype=torch.int32, device=instances.device)
     columns = torch.empty((4, N, band, W), dtype=torch.int32, device=instances.device)
     limit = float(max_radius or 0.0)
+    # a bounded search ends by itself
+    cells = _how_many(instances) if max_radius is None else None
     w0, sigma_px, (of_background, of_cell), everywhere, gap = weigh or (0.0, 1.0, (0.0, 0.0), False, False)
     wide, narrow = -(-W // BLOCK_W), -(-W // BLOCK_P)
     with _triton.on_device(instances):
@@ -351,11 +357,18 @@ def _launch(
             )  # fmt: skip
             # a warp a block: the look at whether to go on is a shuffle
             _rows_kernel[(narrow, rows, N)](
-                instances, columns, first, second,
+                instances, columns, cells, first, second,
                 H, W, band_top, band, columns.stride(0), min(furthest, W - 1), reach_squared,
                 float(w0), -0.5 / sigma_px / sigma_px, limit, float(of_background), float(of_cell),
                 WEIGHT=weigh is not None, EVERYWHERE=everywhere, GAP=gap, STEPS=2, BLOCK_P=BLOCK_P, num_warps=1,
             )  # fmt: skip
+
+
+def _how_many(instances: Tensor) -> Tensor:
+    """Distinct cells of each map, int32 [N]: 0, 1, or 2 for more."""
+    highest = instances.amax((1, 2))
+    lowest = torch.where(instances > 0, instances, FAR).amin((1, 2))
+    return (highest > 0).to(torch.int32) + ((highest > 0) & (lowest < highest)).to(torch.int32)
 
 
 def segment_rows(H: int) -> int:

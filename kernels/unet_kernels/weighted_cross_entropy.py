@@ -145,13 +145,13 @@ def _bwd_kernel(  # type: ignore[no-untyped-def]
     n = tl.program_id(1).to(tl.int64)
     h, w = (p // W).to(tl.int64), (p % W).to(tl.int64)
     inside = p < pixels
-    _valid, target, _class_factor, factor = _factors(
+    valid, target, _class_factor, factor = _factors(
         target_ptr, pixel_weight_ptr, class_weight_ptr, K, ignore_index,
         n * stride_tn + h * stride_th + w * stride_tw, n * stride_wn + h * stride_wh + w * stride_ww, inside,
         PIXEL_WEIGHT, CLASS_WEIGHT,
     )  # fmt: skip
     denominator = tl.load(denominator_ptr)
-    dloss = tl.load(dloss_ptr + n * stride_ln + h * stride_lh + w * stride_lw, mask=inside, other=0.0)
+    dloss = tl.load(dloss_ptr + n * stride_ln + h * stride_lh + w * stride_lw, mask=valid, other=0.0)
     share = tl.where(denominator == 0.0, 0.0, factor / tl.where(denominator == 0.0, 1.0, denominator)) * dloss
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     there = inside[:, None] & (k < K)[None, :]
@@ -249,13 +249,13 @@ def _head_bwd_kernel(  # type: ignore[no-untyped-def]
         n = (block // per_image).to(tl.int64)
         h, w = (p // W).to(tl.int64), (p % W).to(tl.int64)
         inside = p < pixels
-        _valid, target, _class_factor, share = _factors(
+        valid, target, _class_factor, share = _factors(
             target_ptr, pixel_weight_ptr, class_weight_ptr, K, ignore_index,
             n * stride_tn + h * stride_th + w * stride_tw, n * stride_wn + h * stride_wh + w * stride_ww, inside,
             PIXEL_WEIGHT, CLASS_WEIGHT,
         )  # fmt: skip
         if MAP:
-            share *= tl.load(dloss_ptr + n * stride_ln + h * stride_lh + w * stride_lw, mask=inside, other=0.0)
+            share *= tl.load(dloss_ptr + n * stride_ln + h * stride_lh + w * stride_lw, mask=valid, other=0.0)
         at = n * stride_xn + h * stride_xh + w * stride_xw
         x, weight, z = _head(x_ptr, weight_ptr, bias_ptr, at, inside, C, K, stride_xc, BLOCK_C, BLOCK_K)
         e = tl.exp(z - tl.max(z, axis=1)[:, None])
@@ -263,13 +263,18 @@ def _head_bwd_kernel(  # type: ignore[no-untyped-def]
         onehot = k.to(tl.int64)[None, :] == target[:, None]
         dz = softmax * share[:, None] - tl.where(onehot, share[:, None], 0.0)
         dz_sum += dz
-        narrow = dz.to(x.dtype)
+        size = 1.0
+        if x.dtype == tl.float16:
+            # its exponents end at 65504 and at 6e-8: by the block's largest share, which is multiplied in again
+            largest = tl.max(tl.abs(share), axis=0)
+            size = tl.where((largest > 0.0) & (largest < 3e38), largest, 1.0)
+        narrow = (dz / size).to(x.dtype)
         if DX:
-            dx = tl.dot(narrow, weight, input_precision="ieee") * scale
+            dx = tl.dot(narrow, weight, input_precision="ieee") * (size * scale)
             at = (n * stride_dn + h * stride_dh + w * stride_dw)[:, None] + c.to(tl.int64)[None, :] * stride_dc
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None] & (c < C)[None, :])
         if DWEIGHT:
-            dweight += tl.dot(tl.trans(narrow), x, input_precision="ieee")
+            dweight += tl.dot(tl.trans(narrow), x, input_precision="ieee") * size
         block += tl.num_programs(0)
     out = tl.program_id(0) * K
     # an error of the factor would be the same in all partial sums
@@ -291,7 +296,7 @@ def why_not(logits: Tensor) -> str:
     """Why the Triton kernels cannot take logits [N, K, H, W], or "" if they can."""
     if logits.shape[1] > MOST_CLASSES:
         return f"more than {MOST_CLASSES} classes are left to torch"
-    if logits.shape[0] >= 2**16 or logits.shape[2] * logits.shape[3] >= 2**31:
+    if logits.shape[0] >= 2**16 or logits.shape[2] * logits.shape[3] >= 2**31 - 512:
         return "so many pixels are left to torch"
     return _triton.why_not(logits.device, logits.dtype)
 
@@ -482,10 +487,18 @@ def _op(
 
 
 def _with_denominator(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return reference.weighted_cross_entropy(logits, *rest), reference.denominator(logits, *rest)
+    # a map of losses in rows, whatever strides the target has: as the kernels write it
+    return reference.weighted_cross_entropy(logits, *rest).contiguous(), reference.denominator(logits, *rest)
+
+
+def _fake_loss(maps: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if maps.dtype == torch.float64 else torch.float32
+    loss = maps.new_empty(target.shape if reduction == "none" else (), dtype=dtype)
+    return loss, maps.new_empty((), dtype=dtype)
 
 
 @_op.register_kernel("cuda")
+@_checks.outside_autocast
 def _cuda(
     logits: Tensor,
     target: Tensor,
@@ -498,7 +511,9 @@ def _cuda(
     return _with_denominator(*arguments) if why_not(logits) else launch_weighted_cross_entropy_fwd(*arguments)
 
 
-_op.register_fake(_checks.outside_autocast(_with_denominator))
+@_op.register_fake
+def _(logits: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake_loss(logits, target, rest[-1])
 
 
 @torch.library.custom_op("unet::weighted_cross_entropy_backward", mutates_args=())
@@ -516,6 +531,7 @@ def _backward_op(
 
 
 @_backward_op.register_kernel("cuda")
+@_checks.outside_autocast
 def _backward_cuda(
     dloss: Tensor,
     logits: Tensor,
@@ -574,6 +590,7 @@ def _head_with_denominator(x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) 
 
 
 @_head_op.register_kernel("cuda")
+@_checks.outside_autocast
 def _head_cuda(
     x: Tensor,
     weight: Tensor,
@@ -588,11 +605,13 @@ def _head_cuda(
     return _head_with_denominator(*arguments) if head_why_not(x, weight) else launch_head_cross_entropy_fwd(*arguments)
 
 
-_head_op.register_fake(_checks.outside_autocast(_head_with_denominator))
+@_head_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake_loss(x, target, rest[-1])
 
 
 def _expect_classes(target: Tensor, classes: int, ignore_index: int) -> None:
-    # on a GPU this would wait for it; there the gather's own device assertion speaks
+    # on a GPU this would wait for it; there the loss is NaN
     if target.device.type != "cpu" or target.numel() == 0:
         return
     low, high = target.long().aminmax()
@@ -620,7 +639,8 @@ def _logits_gradient(
     wide = reference.at_least_float32(logits)
     valid, index = reference.chosen(target, ignore_index)
     _, share = reference.pixel_factors(wide, valid, index, pixel_weight, weight)
-    share = (reference.over(share, denominator) * dloss).unsqueeze(1)
+    # what an ignored pixel's loss is multiplied by does not matter, be it NaN
+    share = torch.where(valid, reference.over(share, denominator) * dloss, 0).unsqueeze(1)
     dlogits = (F.softmax(wide, dim=1) * share).scatter_add_(1, index, -share)
     return torch.empty_like(logits).copy_(dlogits)
 
@@ -662,12 +682,24 @@ def _head_gradients(
     gradients = torch.ops.aten.convolution_backward(
         dlogits, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, list(needs)
     )
-    # an op returns tensors, and one that nobody needs is empty
-    dx, dweight, dbias = (x.new_empty(0) if d is None else d for d in gradients)
-    return dx, dweight, dbias
+    # in the strides that the kernels write
+    return tuple(
+        made if d is None else made.copy_(d)  # type: ignore[return-value]
+        for made, d in zip(_made_gradients(x, weight, bias, needs), gradients, strict=True)
+    )
+
+
+def _made_gradients(x: Tensor, weight: Tensor, bias: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients: an op returns tensors, and one that nobody needs is empty."""
+    return (
+        torch.empty_like(x) if needs[0] else x.new_empty(0),
+        weight.new_empty(weight.shape) if needs[1] else x.new_empty(0),
+        bias.new_empty(bias.shape) if needs[2] else x.new_empty(0),
+    )
 
 
 @_head_backward_op.register_kernel("cuda")
+@_checks.outside_autocast
 def _head_backward_cuda(
     dloss: Tensor,
     x: Tensor,
@@ -684,7 +716,9 @@ def _head_backward_cuda(
     return _head_gradients(*arguments) if head_why_not(x, weight) else launch_head_cross_entropy_bwd(*arguments)
 
 
-_head_backward_op.register_fake(_checks.outside_autocast(_head_gradients))
+@_head_backward_op.register_fake
+def _(dloss: Tensor, x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _made_gradients(x, weight, bias, rest[-1])
 
 
 def _setup_head_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -744,7 +778,7 @@ def weighted_cross_entropy(
 
     Returns:
         The loss in float32 (float64 for float64 logits); 0 where there is no valid pixel. Differentiable in logits.
-        On a CPU a class id out of range is a ValueError; on a GPU it is CUDA's device assertion, as in torch.
+        A class id out of range is a ValueError on a CPU; on a GPU nobody waits for it, and it makes the loss NaN.
 
     Raises:
         TypeError: an argument is no tensor, or has the wrong kind of dtype.

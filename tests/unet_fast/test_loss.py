@@ -10,6 +10,7 @@ from torch import Tensor
 import unet_kernels as uk
 from tests.proof.properties import given, st
 from unet_fast import BorderWeightedCrossEntropy
+from unet_fast.loss import VARIANTS
 
 
 def cells(seed: int, size: tuple[int, int, int], *, ignored: bool = True) -> Tensor:
@@ -300,3 +301,51 @@ def test_pixels_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         BorderWeightedCrossEntropy(class_weight=(1.0, 2.0)).pixels(instances.int(), None, size, classes)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("tile", [16, 23])
+def test_tiles_with_their_context_sum_to_the_whole(variant: str, tile: int) -> None:
+    # as far as Eq. 2 reaches with these sigmas, and a fade's six
+    margin = 24
+    instances = cells(3, (2, 46 + 2 * margin, 61 + 2 * margin))
+    loss = BorderWeightedCrossEntropy.variant(
+        variant, sigma_px=3.0, reduction="sum", **({"fade": (0.1, 4.0)} if "fade" in VARIANTS[variant] else {})
+    )
+    logits = torch.randn(2, 2, 46, 61, dtype=torch.float64, requires_grad=True)
+    whole = loss(logits, instances)
+    want = torch.autograd.grad(whole, logits)[0]
+    total, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(want)
+    for top in range(0, 46, tile):
+        for left in range(0, 61, tile):
+            part = logits[..., top : top + tile, left : left + tile]
+            rows, columns = part.shape[-2:]
+            context = instances[:, top : top + rows + 2 * margin, left : left + columns + 2 * margin]
+            found = loss(part, context)
+            total = total + found.detach()
+            gradient += torch.autograd.grad(found, logits)[0]
+    torch.testing.assert_close(total, whole.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(gradient, want, rtol=1e-12, atol=1e-14)
+
+
+def test_the_background_fades_with_the_distance_to_cells() -> None:
+    instances = torch.zeros(1, 3, 40, dtype=torch.int32)
+    instances[..., :4] = 1
+    loss = BorderWeightedCrossEntropy.variant("freiburg-2019", class_weight=(2.0, 3.0))
+    weight = loss.weight(instances, (instances > 0).long())[0, 1]
+    assert weight[:4].tolist() == [3.0] * 4
+    for column in (4, 10, 30):
+        distance = column - 3
+        assert weight[column].item() == pytest.approx(2 * (0.1 + 0.9 * np.exp(-(distance**2) / 200)), rel=1e-6)
+    # and a ridge between two of them is w0 high, as ever
+    instances[..., 6:] = 2
+    weight = loss.weight(instances, (instances > 0).long())[0, 1]
+    assert weight[4].item() == pytest.approx(2 * (0.1 + 0.9 * np.exp(-1 / 200)) + 50 * np.exp(-9 / 72), rel=1e-5)
+
+
+def test_an_unknown_variant_and_a_wrong_fade_are_refused() -> None:
+    with pytest.raises(ValueError, match="name must be one of paper, freiburg-2019, all-pixels, got 'freiburg'"):
+        BorderWeightedCrossEntropy.variant("freiburg")
+    for fade in ((1.5, 3.0), (0.1, 0.0), (-0.1, 3.0)):
+        with pytest.raises(ValueError, match="fade must be a share from 0 to 1 and a number of pixels above 0"):
+            BorderWeightedCrossEntropy(fade=fade)

@@ -100,6 +100,17 @@ void look(const Two *row, int64_t width, int64_t x, int64_t dx, Two &best) {
   }
 }
 
+// 0, 1, or 2 for more: nobody looks for a cell that is not there
+int how_many(const int32_t *ids, int64_t size) {
+  int32_t first = 0;
+  for (int64_t p = 0; p < size; ++p) {
+    if (ids[p] <= 0 || ids[p] == first) continue;
+    if (first) return 2;
+    first = ids[p];
+  }
+  return first ? 1 : 0;
+}
+
 bool touches(const int32_t *ids, int64_t height, int64_t width, int64_t y, int64_t x) {
   const int32_t *at = ids + y * width + x;
   const auto other = [&](int32_t id) { return id > 0 && id != *at; };
@@ -119,10 +130,11 @@ int32_t unet_two_nearest_cells_cpu(const int32_t *instances, int64_t count, int6
     std::vector<Two> columns(static_cast<size_t>(height * width));
     for (int64_t n = 0; n < count; ++n) {
       const int64_t image = n * height * width;
+      const int cells = how_many(instances + image, height * width);
       one_image(instances + image, height, width, columns, [&](int64_t y, const Two *row) {
         for (int64_t x = 0; x < width; ++x) {
           Two best = row[x];
-          for (int64_t dx = 1; dx <= furthest && dx * dx < best.second; ++dx) {
+          for (int64_t dx = 1; cells && dx <= furthest && dx * dx < (cells > 1 ? best.second : best.first); ++dx) {
             if (x - dx < 0 && x + dx >= width) break;
             look(row, width, x, dx, best);
           }
