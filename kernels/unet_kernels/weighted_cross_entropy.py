@@ -683,10 +683,11 @@ def _head_gradients(
         dlogits, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, list(needs)
     )
     # in the strides that the kernels write
-    return tuple(
-        made if d is None else made.copy_(d)  # type: ignore[return-value]
+    dx, dweight, dbias = (
+        made if d is None else d if d.stride() == made.stride() else made.copy_(d)
         for made, d in zip(_made_gradients(x, weight, bias, needs), gradients, strict=True)
     )
+    return dx, dweight, dbias
 
 
 def _made_gradients(x: Tensor, weight: Tensor, bias: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -816,8 +817,8 @@ def head_cross_entropy(
 ) -> Tensor:
     """`weighted_cross_entropy(conv2d(x, weight, bias), target, pixel_weight, weight=class_weight, ...)`.
 
-    The logits are not kept for the backward. Under autocast x, weight and bias are cast to its dtype; the loss is
-    computed in float32 all the same.
+    On a GPU the logits are never stored: the backward makes them again. Under autocast x, weight and bias are cast to
+    its dtype; the loss is computed in float32 all the same.
 
     Args:
         x: [N, C, H, W], the last features; float32, float16, bfloat16 or float64.
@@ -849,7 +850,13 @@ def head_cross_entropy(
     _checks.expect_like("weight", weight, "x", x)
     _checks.expect_like("bias", bias, "x", x)
     arguments = (x, weight, bias, target, pixel_weight, class_weight, ignore_index, reduction)
-    return reference.head_cross_entropy(*arguments) if _checks.transformed() else _head_op(*arguments)[0]
+    if _checks.transformed():
+        return reference.head_cross_entropy(*arguments)
+    if _checks.ordinary_on_cpu(x):
+        # as above; on a CPU making the logits again costs more than keeping so few of them
+        _expect_classes(target, weight.shape[0], ignore_index)
+        return reference.head_cross_entropy(*arguments)
+    return _head_op(*arguments)[0]
 
 
 def _expect_loss_arguments(
