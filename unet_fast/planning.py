@@ -32,6 +32,8 @@ RECOMPUTE = ("none", "level")
 _CAUTION = 1.5
 # a tile takes at least this for every byte counted more
 _LEAST = 0.5
+# and from the smallest tile on, most of what is counted
+_STEADY = 0.85
 # what a slope between two measurements may be wrong by
 _SLACK = 1.03
 # what is tried is forecast to take at most this share of the budget: trying must not exceed it either
@@ -286,7 +288,9 @@ class _Way:
         if len(below) > 1:
             c0, took0 = below[-2]
             slope = _SLACK * max(_LEAST, (took1 - took0) / (c1 - c0))
-        return took1 + slope * (counted - c1)
+        # on a busy machine a step may seem to take less than it does: larger ones are not tried on that alone
+        (c0, took0) = below[0]
+        return max(took1 + slope * (counted - c1), took0 + _STEADY * (counted - c0))
 
     def largest(self, tiles: Sequence[int]) -> int | None:
         """The largest of `tiles` whose forecast fits."""

@@ -596,9 +596,9 @@ class _Run:
 
     def _of_tiles(self) -> Tensor:
         """The loss of a batch of tiles; its gradient stays in the parameters."""
-        # instances and target may stay: the loss moves what it makes of them
         image, instances, target = self.sampler.batch(self.step)
-        loss: Tensor = self.loss(self._logits(image), instances, target)
+        # weights are made where the net is
+        loss: Tensor = self.loss(self._logits(image), instances.to(self.device), target.to(self.device))
         loss.backward()
         return loss.detach()
 

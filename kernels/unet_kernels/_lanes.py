@@ -38,6 +38,7 @@ _KERNELS: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {
     "two_nearest_cells": _labels,
     "cut_gap": _labels,
     "border_weight": _labels,
+    "elastic_warp": _triton.why_not,
 }
 _CUDA: dict[str, Callable[[torch.device], str]] = {"connected_components": _native.why_not_cuda}
 # likewise on a CPU

@@ -6,6 +6,9 @@ A backward map, in pixels, rows first: u is the bicubic interpolation (Keys, a =
 whose corners sit on the image's corner pixels; outside the image u keeps its edge value and the image is mirrored
 without repeating its edge. Coordinates are float32 (float64 if an operand is). Labels take the nearest pixel.
 Backward keeps what came in and walks the map again. Derivation: docs/mathematics.md, section 6.
+
+On CUDA `_fwd_kernel` makes u, A, the mirrored addresses, every channel, the table and the labels of BLOCK_P pixels in
+one pass; nothing is stored but what is returned. The backward is ATen's operations.
 """
 
 from collections.abc import Sequence
@@ -14,11 +17,174 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, _triton, reference
+from ._triton import jit, tl
 
-__all__ = ["elastic_warp"]
+__all__ = ["elastic_warp", "launch_elastic_warp_fwd"]
 
 IMAGES = (torch.uint8, torch.uint16, *_checks.FLOATS)
+# labels that a kernel writes as they are
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+# adding and taking away 1.5 x 2^23 rounds what is smaller to the nearest whole number, halves to even
+_ROUND = tl.constexpr(12582912.0)
+
+
+@jit
+def _tap(f, OFFSET: tl.constexpr, ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Weight of the pixel OFFSET away, for a position f in [0, 1) behind pixel 0: linear, or Keys' cubic, a = -0.75."""
+    if ORDER == 1:
+        weight = f if OFFSET == 1 else 1.0 - f
+    elif OFFSET == -1:
+        t = 1.0 + f
+        weight = ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0
+    elif OFFSET == 0:
+        weight = (1.25 * f - 2.25) * f * f + 1.0
+    elif OFFSET == 1:
+        t = 1.0 - f
+        weight = (1.25 * t - 2.25) * t * t + 1.0
+    else:
+        t = 2.0 - f
+        weight = ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0
+    return weight
+
+
+@jit
+def _mirror(index, size):  # type: ignore[no-untyped-def]
+    """1234 -> 32123432, wherever the index lies."""
+    period = tl.maximum(2 * size - 2, 1)
+    folded = (index % period + period) % period
+    return tl.where(folded < size, folded, period - folded)
+
+
+@jit
+def _fwd_kernel(  # type: ignore[no-untyped-def]
+    image_ptr, grid_ptr, labels_ptr, matrix_ptr, lut_ptr, out_ptr, warped_ptr,
+    C, H, W, GH, GW, h, w, top, left, L, scale_y, scale_x, highest,
+    stride_in, stride_ic, stride_ih, stride_iw,
+    stride_ln, stride_lh, stride_lw, stride_tn,
+    ORDER: tl.constexpr, WHOLE: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P] pixels of one output
+    n = tl.program_id(1).to(tl.int64)
+    inside = p < h * w
+    row, column = p // w + top, p % w + left
+
+    # u: bicubic between the points of the grid, its edge value outside the image
+    at_y = tl.minimum(tl.maximum(row, 0), H - 1).to(tl.float32) * scale_y
+    at_x = tl.minimum(tl.maximum(column, 0), W - 1).to(tl.float32) * scale_x
+    low_y, low_x = tl.floor(at_y), tl.floor(at_x)
+    f_y, f_x = at_y - low_y, at_x - low_x
+    u_y = tl.zeros([BLOCK_P], tl.float32)
+    u_x = tl.zeros([BLOCK_P], tl.float32)
+    for i in tl.static_range(4):
+        g_y = tl.minimum(tl.maximum(low_y.to(tl.int32) + (i - 1), 0), GH - 1)
+        of_y = tl.zeros([BLOCK_P], tl.float32)
+        of_x = tl.zeros([BLOCK_P], tl.float32)
+        for j in tl.static_range(4):
+            g_x = tl.minimum(tl.maximum(low_x.to(tl.int32) + (j - 1), 0), GW - 1)
+            point = grid_ptr + n * 2 * GH * GW + g_y * GW + g_x
+            weight = _tap(f_x, j - 1, 3)
+            of_y += weight * tl.load(point, mask=inside, other=0.0)
+            of_x += weight * tl.load(point + GH * GW, mask=inside, other=0.0)
+        weight = _tap(f_y, i - 1, 3)
+        u_y += weight * of_y
+        u_x += weight * of_x
+    y, x = row.to(tl.float32) + u_y, column.to(tl.float32) + u_x
+
+    if matrix_ptr is not None:
+        centre_y, centre_x = (H - 1) * 0.5, (W - 1) * 0.5
+        q_y, q_x = y - centre_y, x - centre_x
+        m = matrix_ptr + n * 6
+        y = tl.load(m) * q_y + tl.load(m + 1) * q_x + tl.load(m + 2) + centre_y
+        x = tl.load(m + 3) * q_y + tl.load(m + 4) * q_x + tl.load(m + 5) + centre_x
+
+    if labels_ptr is not None:
+        nearest_y = _mirror(tl.floor(y + 0.5).to(tl.int32), H).to(tl.int64)
+        nearest_x = _mirror(tl.floor(x + 0.5).to(tl.int32), W).to(tl.int64)
+        nearest = labels_ptr + n * stride_ln + nearest_y * stride_lh + nearest_x * stride_lw
+        tl.store(warped_ptr + n * h * w + p, tl.load(nearest, mask=inside, other=0), mask=inside)
+
+    y0, x0 = tl.floor(y), tl.floor(x)
+    f_y, f_x = y - y0, x - x0
+    START: tl.constexpr = 0 if ORDER == 1 else -1
+    plane = image_ptr + n * stride_in
+    out = out_ptr + n * C * h * w + p
+    c = 0
+    while c < C:
+        value = tl.zeros([BLOCK_P], tl.float32)
+        for i in tl.static_range(ORDER + 1):
+            r = _mirror(y0.to(tl.int32) + (START + i), H).to(tl.int64) * stride_ih
+            of_row = _tap(f_y, START + i, ORDER)
+            for j in tl.static_range(ORDER + 1):
+                s = _mirror(x0.to(tl.int32) + (START + j), W).to(tl.int64) * stride_iw
+                pixel = tl.load(plane + r + s, mask=inside, other=0).to(tl.float32)
+                value += pixel * (of_row * _tap(f_x, START + j, ORDER))
+        if lut_ptr is not None:
+            # what is no number has no place in the table, and stays what it is
+            known = tl.where(value == value, value, 0.0)
+            position = tl.minimum(tl.maximum(known / highest * (L - 1), 0.0), L - 1.0)
+            entry = tl.minimum(tl.floor(position), L - 2.0)
+            table = lut_ptr + n * stride_tn + entry.to(tl.int32)
+            first = tl.load(table, mask=inside, other=0.0)
+            second = tl.load(table + 1, mask=inside, other=0.0)
+            value = tl.where(value == value, first + (second - first) * (position - entry), value)
+        if WHOLE:
+            value = tl.minimum(tl.maximum(value, 0.0), highest)
+            value = ((value + _ROUND) - _ROUND).to(tl.int32)
+        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside)
+        plane += stride_ic
+        out += h * w
+        c += 1
+
+
+def why_not(image: Tensor, displacement: Tensor, labels: Tensor | None, out_size: Sequence[int]) -> str:
+    """Why the Triton kernel cannot take these, or "" if it can."""
+    if labels is not None and labels.dtype not in LABELS:
+        return f"labels of {str(labels.dtype).removeprefix('torch.')} are left to torch"
+    if displacement.dtype == torch.float64:
+        return "float64 is left to torch"
+    if image.shape[0] >= 2**16 or out_size[0] * out_size[1] >= 2**31 - 512:
+        return "so many pixels are left to torch"
+    return _triton.why_not(image.device, image.dtype)
+
+
+def launch_elastic_warp_fwd(
+    image: Tensor,
+    displacement: Tensor,
+    labels: Tensor | None,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+) -> tuple[Tensor, Tensor]:
+    N, C, H, W = image.shape
+    h, w = out_size
+    out = torch.empty((N, C, h, w), dtype=image.dtype, device=image.device)
+    warped = torch.empty(0 if labels is None else (N, h, w), dtype=labels.dtype if labels is not None else None,
+                         device=image.device)  # fmt: skip
+    if not N * h * w:
+        return out, warped
+    GH, GW = displacement.shape[2:]
+    whole = not image.is_floating_point()
+    BLOCK_P = 256
+    with _triton.on_device(image):
+        _fwd_kernel[(-(-h * w // BLOCK_P), N)](
+            image, displacement.float().contiguous(), labels,
+            None if matrix is None else matrix.float().contiguous(), None if lut is None else lut.float().contiguous(),
+            out, warped,
+            C, H, W, GH, GW, h, w, (H - h) // 2, (W - w) // 2, 0 if lut is None else lut.shape[-1],
+            _scale(GH, H), _scale(GW, W), float(torch.iinfo(image.dtype).max) if whole else 1.0,
+            *image.stride(), *((0, 0, 0) if labels is None else labels.stride()),
+            lut.shape[-1] if lut is not None and lut.dim() == 2 else 0,
+            ORDER=order, WHOLE=whole, BLOCK_P=BLOCK_P, num_warps=4,
+        )  # fmt: skip
+    return out, warped
+
+
+def _scale(points: int, pixels: int) -> float:
+    """Grid points a pixel: corners on corners."""
+    return (points - 1) / (pixels - 1) if pixels > 1 else 0.0
 
 
 @torch.library.custom_op("unet::elastic_warp", mutates_args=())
@@ -38,6 +204,24 @@ def _op(
     with torch.autocast(image.device.type, enabled=False):
         out, warped = reference.elastic_warp(image, displacement, labels, matrix, lut, out_size, order)
     # an op returns tensors always: no labels, no elements
+    return out.contiguous(), torch.empty(0, device=image.device) if warped is None else warped.contiguous()
+
+
+@_op.register_kernel("cuda")
+@_checks.outside_autocast
+def _cuda(
+    image: Tensor,
+    displacement: Tensor,
+    labels: Tensor | None,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+) -> tuple[Tensor, Tensor]:
+    arguments = (image, displacement, labels, matrix, lut, out_size, order)
+    if not why_not(image, displacement, labels, out_size):
+        return launch_elastic_warp_fwd(*arguments)
+    out, warped = reference.elastic_warp(*arguments)
     return out.contiguous(), torch.empty(0, device=image.device) if warped is None else warped.contiguous()
 
 

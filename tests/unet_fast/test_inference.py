@@ -164,8 +164,8 @@ def tiny_like(model: FastUNet) -> FastUNet:
     [
         ("deconv", "valid", ("36MB", "42MB", "1GB")),
         ("resize", "valid", ("36MB", "42MB", "1GB")),
-        # measured
-        pytest.param("resize", "same", ("6MB", "1GB"), marks=pytest.mark.slow),
+        # measured, in a process whose heap moves by a megabyte
+        pytest.param("resize", "same", ("16MB", "1GB"), marks=pytest.mark.slow),
     ],
 )
 def test_a_budget_changes_tiles_and_nothing_else(up_mode: str, padding: str, budgets: Sequence[str]) -> None:

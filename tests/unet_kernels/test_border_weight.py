@@ -60,6 +60,7 @@ def label_maps(draw: Any) -> np.ndarray:
     return instances
 
 
+@settings(max_examples=300)
 @given(instances=label_maps())
 def test_distances_are_integer_exact(instances: np.ndarray) -> None:
     want = _by_scipy(instances)

@@ -1,5 +1,7 @@
 """elastic_warp: laws that any warp keeps, and an independent numpy twin for the borders and the cubic."""
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import unet_kernels as uk
+from tests.proof.memory import LAYOUTS, awkward, guarded_launch
+from tests.proof.order import assert_order_does_not_matter
 from tests.proof.properties import given, st
+from tests.proof.yardstick import assert_same_bits
+from unet_kernels import reference
+from unet_kernels.elastic_warp import launch_elastic_warp_fwd
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -267,3 +274,195 @@ def test_bad_input_is_refused_in_a_sentence(
 ) -> None:
     with pytest.raises(error, match=sentence):
         uk.elastic_warp(image, grid, **settings)
+
+
+# ---- the Triton kernel
+
+
+def _module() -> ModuleType:
+    # the kernel's place in the package is shadowed by the function of the same name
+    return importlib.import_module("unet_kernels.elastic_warp")
+
+
+# N, C, H, W, grid, out_size
+WARPS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int], tuple[int, int]]] = {
+    "one pixel": ((1, 1, 1, 1), (2, 2), (1, 1)),
+    "one column": ((1, 2, 9, 1), (3, 3), (9, 1)),
+    "as large": ((2, 1, 12, 17), (3, 3), (12, 17)),
+    "a window": ((1, 3, 21, 20), (4, 2), (9, 12)),
+    "larger than the image": ((1, 1, 5, 6), (3, 3), (13, 19)),
+    "several programs": ((1, 1, 30, 33), (3, 3), (30, 33)),
+}
+
+
+def _operands(case: str, *, affine: bool, table: bool, device: torch.device, seed: int = 0) -> tuple[Any, ...]:
+    """(image in [0, 1], displacement, labels, matrix, lut, out_size)."""
+    (n, c, h, w), grid, out_size = WARPS[case]
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    image, displacement = drawn(n, c, h, w), 4 * (drawn(n, 2, *grid) - 0.5)
+    labels = (drawn(n, h, w) * 7).int() - 1
+    turn = torch.tensor([[0.8, -0.5, 1.3], [0.4, 0.9, -2.1]]).repeat(n, 1, 1)
+    lut = drawn(n, 5).sort(1).values
+    return (
+        image.to(device),
+        displacement.to(device),
+        labels.to(device),
+        turn.to(device) if affine else None,
+        lut.to(device) if table else None,
+        out_size,
+    )
+
+
+def _near_a_half(operands: tuple[Any, ...]) -> Tensor:
+    """Where rounding decides which pixel is the nearest."""
+    image, displacement, _, matrix, _, out_size = operands
+    y, x = reference.transformed(
+        *reference.displaced(image.double(), displacement, out_size), matrix, *image.shape[-2:]
+    )
+    return torch.stack([((t + 0.5) - (t + 0.5).round()).abs() < 1e-3 for t in (y, x)]).any(0)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("table", [False, True], ids=["no table", "table"])
+@pytest.mark.parametrize("affine", [False, True], ids=["elastic", "affine"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("case", WARPS)
+def test_the_kernel_warps_as_the_reference_does(
+    case: str, order: int, affine: bool, table: bool, device: torch.device
+) -> None:
+    operands = _operands(case, affine=affine, table=table, device=device)
+    got, warped = guarded_launch(launch_elastic_warp_fwd, *operands, order)
+    image, *rest = operands
+    exact, _ = reference.elastic_warp(image.double(), *rest, order)
+    torchs, labels = reference.elastic_warp(*operands, order)
+    # positions are rounded to float32: by as much as torch's, and the slope of noise
+    honest = float((torchs.double() - exact).abs().max())
+    assert float((got.double() - exact).abs().max()) <= 4 * honest + 1e-4
+    unsure = _near_a_half(operands)
+    assert torch.equal(warped[~unsure], labels[~unsure])
+    assert set(warped.unique().tolist()) <= set(operands[2].unique().tolist())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float16], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_kernel_keeps_every_dtype(dtype: torch.dtype, order: int, device: torch.device) -> None:
+    image, *rest = _operands("a window", affine=True, table=True, device=device)
+    top = 1.0 if dtype.is_floating_point else float(torch.iinfo(dtype).max)
+    # beyond the ends too, by the cubic's overshoot
+    narrow = ((image > 0.5) * top).to(dtype) if order == 3 else (image * top).to(dtype)
+    rest[3] = None if order == 3 else rest[3] * top
+    got, _ = guarded_launch(launch_elastic_warp_fwd, narrow, *rest, order)
+    want, _ = reference.elastic_warp(narrow, *rest, order)
+    assert got.dtype == dtype
+    allowed = 2e-3 if dtype.is_floating_point else 1 + top / 2**16
+    assert float((got.double() - want.double()).abs().max()) <= allowed
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_kernel_takes_any_strides(layout: str, device: torch.device) -> None:
+    image, displacement, labels, matrix, lut, size = _operands("a window", affine=True, table=True, device=device)
+    want = guarded_launch(launch_elastic_warp_fwd, image, displacement, labels, matrix, lut, size, 3)
+    odd = (
+        awkward(image, layout),
+        awkward(displacement, layout),
+        labels.transpose(1, 2).contiguous().transpose(1, 2),
+        matrix.contiguous().transpose(1, 2).contiguous().transpose(1, 2),
+        torch.stack([lut, lut], 2)[..., 0],
+    )
+    for got, theirs in zip(guarded_launch(launch_elastic_warp_fwd, *odd, size, 3), want, strict=True):
+        assert_same_bits(got, theirs)
+    # one table for all
+    one = launch_elastic_warp_fwd(image, displacement, labels, matrix, lut[0], size, 3)
+    assert_same_bits(one[0], want[0])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64], ids=str)
+def test_the_kernel_takes_labels_as_they_are(dtype: torch.dtype, device: torch.device) -> None:
+    image, displacement, labels, *rest = _operands("as large", affine=False, table=False, device=device)
+    want = launch_elastic_warp_fwd(image, displacement, labels.abs(), *rest, 1)[1]
+    got = guarded_launch(launch_elastic_warp_fwd, image, displacement, labels.abs().to(dtype), *rest, 1)[1]
+    assert got.dtype == dtype
+    assert torch.equal(got, want.to(dtype))
+    # and none at all
+    assert launch_elastic_warp_fwd(image, displacement, None, *rest, 1)[1].numel() == 0
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_nan_goes_through_the_kernel(device: torch.device) -> None:
+    image, displacement, labels, matrix, lut, size = _operands("as large", affine=True, table=True, device=device)
+    image[0, 0, 5, 5] = torch.nan
+    got, _ = launch_elastic_warp_fwd(image, displacement, labels, matrix, lut, size, 3)
+    want, _ = reference.elastic_warp(image, displacement, labels, matrix, lut, size, 3)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert got.isnan().any()
+
+
+@pytest.mark.interpreter
+def test_far_positions_are_mirrored_into_the_image(device: torch.device) -> None:
+    image, displacement, labels, *rest = _operands("as large", affine=False, table=False, device=device)
+    far = displacement.round() + torch.tensor([1000.0, -777.0], device=device).view(1, 2, 1, 1)
+    far = far[..., :1, :1].repeat(1, 1, *displacement.shape[2:])
+    got, warped = guarded_launch(launch_elastic_warp_fwd, image, far, labels, *rest, 1)
+    want, cells = reference.elastic_warp(image.double(), far, labels, *rest, 1)
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-3)
+    assert torch.equal(warped, cells)
+
+
+@pytest.mark.interpreter
+def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
+    operands = _operands("several programs", affine=True, table=True, device=device)
+    assert_order_does_not_matter(lambda: launch_elastic_warp_fwd(*operands, 1)[0], seeds=2)
+
+
+@pytest.mark.interpreter
+def test_on_cuda_the_op_takes_the_kernel_and_otherwise_says_why_not(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operands = _operands("a window", affine=True, table=True, device=device)
+    want = reference.elastic_warp(*operands, 1)
+    for refusal in ("", "too old"):
+        monkeypatch.setattr("unet_kernels._triton.why_not", lambda *about, refusal=refusal: refusal)
+        got = _module()._cuda(*operands, 1)
+        torch.testing.assert_close(got[0], want[0], rtol=0, atol=1e-4)
+        assert got[1].shape == want[1].shape
+
+
+def test_what_the_kernel_cannot_take_is_left_to_torch() -> None:
+    why_not = _module().why_not
+    image, grid = torch.empty(1, 1, 4, 4), torch.empty(1, 2, 3, 3)
+    assert "uint16" in why_not(image, grid, torch.empty(1, 4, 4, dtype=torch.uint16), (4, 4))
+    assert "float64" in why_not(image, grid.double(), None, (4, 4))
+    assert "pixels" in why_not(image, grid, None, (2**16, 2**16))
+    assert "cpu" in why_not(image, grid, None, (4, 4))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.uint8, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+def test_compiled_code_is_within_budget(dtype: torch.dtype, order: int) -> None:
+    from tests.proof import aot
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    rest = (meta(1, 2, 3, 3), meta(1, 700, 700, dtype=torch.int32), meta(1, 2, 3), meta(1, 256))
+    [launch] = aot.recorded(
+        _module(),
+        "_fwd_kernel",
+        lambda: launch_elastic_warp_fwd(meta(1, 1, 700, 700, dtype=dtype), *rest, (572, 572), order),
+    )
+    for chip in aot.ELEMENTWISE_CHIPS:
+        aot.Budget(registers=128, shared_bytes=0).check(aot.compiled(launch, chip))
+    # an image of one column, of which sizes are constants
+    [launch] = aot.recorded(
+        _module(), "_fwd_kernel",
+        lambda: launch_elastic_warp_fwd(meta(1, 1, 9, 1, dtype=dtype), rest[0], None, None, None, (9, 1), order),
+    )  # fmt: skip
+    aot.compiled(launch, 90)

@@ -74,7 +74,7 @@ def test_on_a_gpu_the_lane_is_what_the_op_itself_asks(monkeypatch: pytest.Monkey
     assert uk.lane("crop_concat", device, torch.float16) == ("triton", "our kernel")
     assert uk.lane("crop_concat", device, torch.float64) == ("torch", "float64 is left to torch")
     assert uk.lane("conv3x3_relu", device)[0] == "torch"
-    for op in ("weighted_cross_entropy", "head_cross_entropy", "two_nearest_cells", "cut_gap", "border_weight"):
+    for op in ("weighted_cross_entropy", "head_cross_entropy", "elastic_warp", "cut_gap", "border_weight"):
         assert uk.lane(op, device) == ("triton", "our kernel")
     # ids are no floats: the dtype of a net does not matter to them
     assert uk.lane("border_weight", device, torch.float64) == ("triton", "our kernel")

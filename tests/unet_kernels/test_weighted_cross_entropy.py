@@ -293,6 +293,9 @@ def test_the_head_refuses_a_weight_that_does_not_fit() -> None:
 
 # ---- the Triton kernels
 
+# what is compiled ahead of time; before every commit, one of them
+AHEAD = [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16))]
+
 
 def _module() -> ModuleType:
     # the kernels' place in the package is shadowed by the function of the same name
@@ -461,8 +464,8 @@ def test_what_the_kernels_cannot_take_is_left_to_torch() -> None:
     assert "pixels" in _module().why_not(torch.empty(1, 2, 2**16, 2**16, device="meta"))
 
 
-@pytest.mark.parametrize("classes", [2, pytest.param(16, marks=pytest.mark.slow), 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [2, *(pytest.param(many, marks=pytest.mark.slow) for many in (16, 256))])
+@pytest.mark.parametrize("dtype", AHEAD, ids=str)
 def test_compiled_code_is_within_budget(classes: int, dtype: torch.dtype) -> None:
     from tests.proof import aot
 
@@ -694,7 +697,7 @@ def test_second_derivatives_of_the_head() -> None:
 
 
 @pytest.mark.parametrize(("channels", "classes"), [(64, 2), pytest.param(128, 16, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", AHEAD, ids=str)
 def test_compiled_code_of_the_head_is_within_budget(channels: int, classes: int, dtype: torch.dtype) -> None:
     from tests.proof import aot
 
