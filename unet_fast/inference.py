@@ -8,7 +8,6 @@ and the work goes on.
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -239,12 +238,16 @@ class _Counter:
         self.count = 0
 
 
+# Both of the following take C's queues, with tokens for the room there is: a Ctrl-C between two lines of Python's own
+# queue leaves a waiter behind that takes another's notice, and a thread that is never woken.
+
+
 class _Ahead:
     """An iterator that is one item ahead, in a thread of its own."""
 
     def __init__(self, items: Iterator[Any]) -> None:
-        self.items, self.ready = items, queue.Queue[Any](1)
-        self.stop = threading.Event()
+        self.items, self.stopped = items, False
+        self.ready, self.room = queue.SimpleQueue[Any](), _tokens(1)
         self.thread = threading.Thread(target=self._work, name="reader", daemon=True)
 
     def __enter__(self) -> Iterator[Any]:
@@ -252,11 +255,10 @@ class _Ahead:
         return self._all()
 
     def __exit__(self, *error: object) -> None:
-        self.stop.set()
+        self.stopped = True
         # a reader that waits for room finds it
-        while self.thread.is_alive():
-            _try_get(self.ready)
-            self.thread.join(0.01)
+        self.room.put(None)
+        self.thread.join()
 
     def _work(self) -> None:
         last: Any = StopIteration()
@@ -269,17 +271,16 @@ class _Ahead:
         self._put(last)
 
     def _put(self, item: Any) -> bool:
-        while not self.stop.is_set():
-            try:
-                self.ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+        self.room.get()
+        if self.stopped:
+            return False
+        self.ready.put(item)
+        return True
 
     def _all(self) -> Iterator[Any]:
         while True:
             item = self.ready.get()
+            self.room.put(None)
             if isinstance(item, StopIteration):
                 return
             if isinstance(item, BaseException):
@@ -287,16 +288,19 @@ class _Ahead:
             yield item
 
 
-def _try_get(waiting: "queue.Queue[Any]") -> None:
-    with suppress(queue.Empty):
-        waiting.get_nowait()
+def _tokens(count: int) -> "queue.SimpleQueue[None]":
+    room = queue.SimpleQueue[None]()
+    for _ in range(count):
+        room.put(None)
+    return room
 
 
 class _Behind:
     """Takes results away in a thread of its own; waits for the last, and raises what went wrong with one."""
 
     def __init__(self, take: Callable[[Sequence[Tile], list[Array]], None], done: _Counter) -> None:
-        self.take, self.done, self.waiting = take, done, queue.Queue[Any](2)
+        self.take, self.done = take, done
+        self.waiting, self.room = queue.SimpleQueue[Any](), _tokens(2)
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._work, name="writer", daemon=True)
 
@@ -306,6 +310,7 @@ class _Behind:
 
     def put(self, group: Sequence[Tile], results: Callable[[], list[Array]]) -> None:
         self._raise()
+        self.room.get()
         self.waiting.put((group, results))
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -316,6 +321,7 @@ class _Behind:
 
     def _work(self) -> None:
         while (item := self.waiting.get()) is not None:
+            self.room.put(None)
             if self.error is None:
                 try:
                     group, results = item
