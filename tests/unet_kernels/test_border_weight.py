@@ -332,6 +332,7 @@ def test_the_triton_kernels_have_the_bits_of_the_reference(
     assert_same_bits(guarded_launch(launch_cut_gap_fwd, instances), reference.cut_gap(instances))
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @settings(derandomize=True, database=None, deadline=None, max_examples=12)
 @given(instances=label_maps(), radius=st.sampled_from([None, 0.0, 1.0, 2**0.5, 3.0, 31.0]))
@@ -343,6 +344,7 @@ def test_random_maps_too(instances: np.ndarray, radius: float | None) -> None:
     assert_same_bits(launch_cut_gap_fwd(ids), reference.cut_gap(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize("gap", [True, False])
 @pytest.mark.parametrize("region", ["background", "all"])
@@ -355,6 +357,7 @@ def test_the_weight_is_made_in_the_same_pass(case: str, region: str, gap: bool, 
         torch.testing.assert_close(got, reference.border_weight(instances, *rest), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_bands_of_rows_join_to_the_whole(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     instances = _discs(2, 35, 6, 7).to(device)
@@ -366,6 +369,7 @@ def test_bands_of_rows_join_to_the_whole(device: torch.device, monkeypatch: pyte
             assert_same_bits(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_longer_segments_find_the_same(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     instances = _discs(1, 66, 4, 5).to(device)
@@ -375,6 +379,7 @@ def test_longer_segments_find_the_same(device: torch.device, monkeypatch: pytest
         assert_same_bits(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
     instances = _discs(1, 18, 66, 5).to(device)
