@@ -7,23 +7,80 @@ Backward keeps x, weight and y: relu'(z) = [not (y <= 0)], and y is the next lay
 memory. `not (y <= 0)` rather than `y > 0`, so that a NaN in y lets its gradient through as torch does.
 For the concatenation it keeps up and skip, and derives by each of them alone.
 Derivation: docs/mathematics.md, section 2.
+
+On CUDA the forward is the fastest of our kernels (`_conv3x3_fwd`) and ATen's ways, as measured there (`_choosing`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _checks, _choosing, reference
+from ._choosing import Question, Way
+from ._conv3x3_fwd import Blocks, case_of, launch_conv3x3_fwd, ours
+from .bias_relu import launch_bias_relu_
 
-__all__ = ["conv3x3_relu", "conv3x3_relu_cat"]
+__all__ = ["conv3x3_relu", "conv3x3_relu_cat", "expect_convolvable", "question", "question_cat"]
+
+
+# the ways there are
+
+
+def question(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Question:
+    def ways() -> list[Way]:
+        found = [Way("ATen", reference.conv3x3_relu, False)]
+        if x.is_cuda:
+            found.append(Way("ATen, bias and ReLU in one pass", _aten_in_two, False))
+        if x.is_cuda and relu:
+            found.append(Way("cuDNN, fused", _cudnn_fused, False))
+        for blocks in ours(x, weight):
+            found.append(Way(str(blocks), functools.partial(launch_conv3x3_fwd, blocks=blocks), True))
+        return found
+
+    def cut(arguments: tuple[Any, ...], lines: int) -> tuple[Any, ...]:
+        return (arguments[0][:, :, :lines], *arguments[1:])
+
+    return Question("conv3x3_relu", case_of([x], weight, relu), ways, reference.conv3x3_relu, cut)
+
+
+def _aten_in_two(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return launch_bias_relu_(torch.nn.functional.conv2d(x, weight), bias, relu)
+
+
+def _cudnn_fused(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [0, 0], [1, 1], 1)
+
+
+def question_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Question:
+    window = reference.crop_to(skip, up.shape[2], up.shape[3])
+
+    def ways() -> list[Way]:
+        found = [Way("ATen", reference.conv3x3_relu_cat, False)]
+        for blocks in ours(up, weight, window):
+            found.append(Way(str(blocks), functools.partial(_launch_cat, blocks=blocks), True))
+        return found
+
+    def cut(arguments: tuple[Any, ...], lines: int) -> tuple[Any, ...]:
+        up, skip, *rest = arguments
+        return (up[:, :, :lines], reference.crop_to(skip, up.shape[2], up.shape[3])[:, :, :lines], *rest)
+
+    return Question("conv3x3_relu_cat", case_of([up, window], weight, relu), ways, reference.conv3x3_relu_cat, cut)
+
+
+def _launch_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool, blocks: Blocks) -> Tensor:
+    return launch_conv3x3_fwd(up, weight, bias, relu, blocks, reference.crop_to(skip, up.shape[2], up.shape[3]))
+
+
+# the operators
 
 
 @torch.library.custom_op("unet::conv3x3_relu", mutates_args=())
 @_checks.outside_autocast
 def _op(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    return reference.conv3x3_relu(x, weight, bias, relu)
+    return _choosing.computed(question, reference.conv3x3_relu, (x, weight, bias, relu))
 
 
 # a fake whose body is the ATen composite gets the strides right
@@ -33,7 +90,7 @@ _op.register_fake(_checks.outside_autocast(reference.conv3x3_relu))
 @torch.library.custom_op("unet::conv3x3_relu_cat", mutates_args=())
 @_checks.outside_autocast
 def _cat_op(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
+    return _choosing.computed(question_cat, reference.conv3x3_relu_cat, (up, skip, weight, bias, relu))
 
 
 _cat_op.register_fake(_checks.outside_autocast(reference.conv3x3_relu_cat))
@@ -186,16 +243,11 @@ def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) 
     >>> y.shape
     torch.Size([1, 64, 570, 570])
     """
-    _checks.expect_float("x", x, "N, C_in, H, W")
-    _expect_parameters(weight, bias, x.shape[1], "the channels of x")
-    _expect_room("x", x)
-    x, weight, bias = _checks.autocast(x, weight, bias)
-    _checks.expect_like("weight", weight, "x", x)
-    _checks.expect_like("bias", bias, "x", x)
+    x, weight, bias = expect_convolvable(x, weight, bias)
     if _checks.transformed():
         return reference.conv3x3_relu(x, weight, bias, relu)
     call: Callable[..., Tensor] = _op
-    if _checks.ordinary_on_cpu(x):
+    if _choosing.ordinary_on_cpu(x):
         # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
         call = _OnCPU.apply if _weight_is_large(x, weight) else reference.conv3x3_relu
     return _with_relu(call, (x, weight, bias), bool(relu))
@@ -230,7 +282,9 @@ def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, 
         _checks.expect_like(name, value, "up", up)
     if _checks.transformed():
         return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
-    return _with_relu(_CatOnCPU.apply if _checks.ordinary_on_cpu(up) else _cat_op, (up, skip, weight, bias), bool(relu))
+    return _with_relu(
+        _CatOnCPU.apply if _choosing.ordinary_on_cpu(up) else _cat_op, (up, skip, weight, bias), bool(relu)
+    )
 
 
 def _with_relu(call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: bool) -> Tensor:
@@ -243,6 +297,21 @@ def _with_relu(call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: b
     if relu and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return call(*tensors, False).relu_()
     return call(*tensors, relu)
+
+
+def expect_convolvable(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """The three that fit each other, as autocast would have them.
+
+    Raises:
+        TypeError, ValueError: as for `conv3x3_relu`.
+    """
+    _checks.expect_float("x", x, "N, C_in, H, W")
+    _expect_parameters(weight, bias, x.shape[1], "the channels of x")
+    _expect_room("x", x)
+    x, weight, bias = _checks.autocast(x, weight, bias)
+    _checks.expect_like("weight", weight, "x", x)
+    _checks.expect_like("bias", bias, "x", x)
+    return x, weight, bias
 
 
 def _expect_parameters(weight: Tensor, bias: Tensor, channels: int, whose: str) -> None:
