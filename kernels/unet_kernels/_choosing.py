@@ -461,8 +461,8 @@ def _about(device: torch.device) -> dict[str, str]:
 def _fingerprint() -> str:
     """Of the text of the kernels there is a choice of, without its comments."""
     sources = [(Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in _KERNELS]
-    lines = [line for source in sources for line in source.splitlines() if not line.lstrip().startswith("#")]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    lines = (line.strip() for source in sources for line in source.splitlines())
+    return hashlib.sha256("\n".join(line for line in lines if line and line[0] != "#").encode()).hexdigest()[:12]
 
 
 def _written(rows: dict[str, Row], device: torch.device) -> str:

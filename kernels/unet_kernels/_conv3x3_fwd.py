@@ -33,6 +33,7 @@ __all__ = [
     "case_of",
     "launch_conv3x3_fwd",
     "launch_conv3x3_pool_fwd",
+    "makes_maxima",
     "ours",
     "why_not_blocks",
 ]
@@ -417,7 +418,7 @@ _TABLE: dict[str, dict[int, tuple[tuple[Blocks, ...], tuple[Blocks, ...]]]] = {
     },
     "tf32": {
         8: (
-            (_pointers(128, 64, 32, 4, 3), _pointers(128, 64, 32, 8, 3, taps=3)),
+            (_pointers(128, 64, 32, 4, 3), _pointers(128, 64, 32, 8, 3, taps=3), _pointers(64, 64, 32, 4, 3)),
             (_pointers(128, 128, 32, 8, 3), _pointers(64, 64, 32, 4, 3)),
         ),
         9: (
@@ -486,6 +487,16 @@ def _split(blocks: Blocks, channels: tuple[int, ...], C_out: int, pixels: int, p
 
 def _steps(blocks: Blocks, channels: tuple[int, ...]) -> int:
     return 9 * sum(-(-c // blocks.BLOCK_K) for c in channels)
+
+
+def makes_maxima(blocks: Blocks, dtype: torch.dtype) -> bool:
+    """Whether a launch cut like this can also make the 2x2 maxima of its result.
+
+    They need two lines at once, so pixels in an order of their own, whole sums, and registers beside the sums'.
+    """
+    sums = blocks.BLOCK_P * blocks.BLOCK_N // (32 * blocks.warps)
+    whole = blocks.kernel == "pointers" and blocks.taps == 1 and blocks.splits == 1
+    return whole and sums <= (32 if dtype == torch.float32 else 64)
 
 
 def why_not_blocks(blocks: Blocks, x: Tensor, weight: Tensor, skip: Tensor | None) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _checks, _choosing, _layout, _triton, reference
 from ._choosing import Question, Way
-from ._conv3x3_fwd import case_of, launch_conv3x3_pool_fwd, ours
+from ._conv3x3_fwd import case_of, launch_conv3x3_pool_fwd, makes_maxima, ours
 from .conv3x3_relu import conv3x3_relu, expect_convolvable
 from .max_pool2x2 import max_pool2x2
 
@@ -26,8 +26,7 @@ def question(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, rows: int, col
     def ways() -> list[Way]:
         found = [Way("apart", _apart, False)]
         for blocks in ours(x, weight):
-            # a maximum needs two lines at once, whole sums, and pixels in its own order
-            if blocks.kernel == "pointers" and blocks.taps == 1 and blocks.splits == 1:
+            if makes_maxima(blocks, x.dtype):
                 found.append(Way(str(blocks), functools.partial(launch_conv3x3_pool_fwd, blocks=blocks), True))
         return found
 
