@@ -302,7 +302,7 @@ class FastUNet(nn.Module):
         for level in reversed(range(self.depth)):
             # a view of its own: backward hooks of this level are called when the level is done, not the window
             skip = skips.pop()
-            x = self._step(self.up[level], x, skip.view_as(skip))
+            x = self._step(self.up[level], x, skip[:])
         return self.head(x)
 
     def _contracted(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _choosing, reference
+from . import _checks, _choosing, _conv3x3_cpu, reference
 from ._choosing import Question, Way
 from ._conv3x3_fwd import Blocks, case_of, launch_conv3x3_fwd, ours
 from .bias_relu import launch_bias_relu_
@@ -109,67 +109,10 @@ def _masked(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
 
 def _derivatives(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
     """(dx, dweight, dbias) of the convolution of x."""
-    if not (x.device.type == "cpu" and needs[1] and _weight_is_large(x, weight)):
-        return _convolution_backward(dy, x, weight, needs)
-    dx = _convolution_backward(dy, x, weight, [True, False, False])[0] if needs[0] else None
-    derive = _weight_gradient if _few_pixels(x, weight) else _turned_weight_gradient
-    return dx, derive(dy, x, weight), dy.sum((0, 2, 3)) if needs[2] else None
-
-
-def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs
-    )
-
-
-def _weight_is_large(x: Tensor, weight: Tensor) -> bool:
-    """Whether the weight outweighs the maps: then the memory format of its gradient is what a CPU spends on.
-
-    ATen makes the gradient contiguous inside its own call and turns it there, three copies alive at once
-    (docs/findings/0002-weight-gradient-layout.md).
-    """
-    pitch = weight.stride(3)
-    # channels_last, or the channels of one map out of such a weight
-    channels_last = weight.stride() == (9 * pitch, 1, 3 * pitch, pitch) and pitch >= weight.shape[1]
-    # from what size on: ATen takes another way, without these copies, where all is small
-    least = 1 << 16 if _few_pixels(x, weight) else 1 << 18
-    return channels_last and 0 < x.numel() < weight.numel() and weight.numel() >= least
-
-
-def _few_pixels(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product costs less than ATen's weight gradient.
-
-    In time it wins on few pixels and loses little where the weight is small; in memory it wins up to about twice as
-    many pixels as channels.
-    """
-    pixels = x.shape[0] * (x.shape[2] - 2) * (x.shape[3] - 2)
-    return 2 * pixels <= 3 * weight.shape[0] and (pixels <= 64 or weight.numel() <= 1 << 20)
-
-
-def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """dweight written in channels_last at once: a row of taps is dY^T [C_out, pixels] times X [pixels, 3 C_in]."""
-    _, c_out, height, width = dy.shape
-    c_in = x.shape[1]
-    dweight = dy.new_empty((c_out, 3, 3 * c_in))
-    by_channel = dy.permute(1, 0, 2, 3).reshape(c_out, -1)
-    for r in range(3):
-        dweight[:, r] = by_channel @ _windows(x, r, height, width)
-    return dweight.view(c_out, 3, 3, c_in).permute(0, 3, 1, 2)
-
-
-def _turned_weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """ATen's, turned into the weight's strides after ATen's own copies of it are gone."""
-    # of the weight ATen needs the shape; as if it were contiguous, so that the gradient comes contiguous
-    c_in = weight.shape[1]
-    shape_only = weight.detach().as_strided(weight.shape, (9 * c_in, 9, 3, 1))
-    dweight = _convolution_backward(dy.contiguous(), x.contiguous(), shape_only, [False, True, False])[1]
-    return dweight.contiguous(memory_format=torch.channels_last)
-
-
-def _windows(x: Tensor, r: int, height: int, width: int) -> Tensor:
-    """[pixels, 3 C_in]: what the taps of row r see."""
-    seen = x[:, :, r : r + height].unfold(3, width, 1)  # [N, C_in, H, 3, W]
-    return seen.permute(0, 2, 4, 3, 1).reshape(x.shape[0] * height * width, -1)
+    if not (x.device.type == "cpu" and needs[1] and _conv3x3_cpu.has_a_better_derivative(x, weight)):
+        return _conv3x3_cpu.convolution_backward(dy, x, weight, needs)
+    dx = _conv3x3_cpu.convolution_backward(dy, x, weight, [True, False, False])[0] if needs[0] else None
+    return dx, _conv3x3_cpu.weight_gradient(dy, x, weight), dy.sum((0, 2, 3)) if needs[2] else None
 
 
 @_checks.outside_autocast
@@ -200,7 +143,7 @@ class _OnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = reference.conv3x3_relu(*inputs)
+        y = _conv3x3_cpu.conv3x3_relu(*inputs)
         # called here: autograd's own hook for it binds signatures, which costs more than a small convolution
         _setup(ctx, inputs, y)
         return y
@@ -249,7 +192,7 @@ def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) 
     call: Callable[..., Tensor] = _op
     if _choosing.ordinary_on_cpu(x):
         # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
-        call = _OnCPU.apply if _weight_is_large(x, weight) else reference.conv3x3_relu
+        call = _OnCPU.apply if _conv3x3_cpu.has_a_better_derivative(x, weight) else reference.conv3x3_relu
     return _with_relu(call, (x, weight, bias), bool(relu))
 
 
