@@ -5,7 +5,7 @@ registered as `torch.ops.unet.<name>`, so that autograd, torch.compile, torch.ex
 are put underneath without changing a signature; `lane` says which one an op takes on a device, and why.
 """
 
-from ._choosing import adopt, choices, recorded, using
+from ._choosing import adopt, by_device_time, choices, recorded, using
 from ._lanes import OPS, Explanation, explain, lane
 from ._native import NativeLibraryMissing
 from ._native import describe as native_libraries
@@ -29,6 +29,7 @@ __all__ = [
     "NativeLibraryMissing",
     "adopt",
     "border_weight",
+    "by_device_time",
     "choices",
     "connected_components",
     "conv1x1",

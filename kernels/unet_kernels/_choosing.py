@@ -41,6 +41,7 @@ __all__ = [
     "adopt",
     "arithmetic",
     "asked",
+    "by_device_time",
     "choices",
     "computed",
     "decide",
@@ -137,6 +138,23 @@ def ordinary_on_cpu(tensor: Tensor) -> bool:
     return _switch != "ours" and _checks.ordinary_on_cpu(tensor)
 
 
+_device_time = False
+
+
+@contextmanager
+def by_device_time() -> Iterator[None]:
+    """Inside the block, what takes the device the least time is chosen, as inside a CUDA graph.
+
+    So that a net that is called computes the very bits of the same net replayed.
+    """
+    global _device_time
+    before, _device_time = _device_time, True
+    try:
+        yield
+    finally:
+        _device_time = before
+
+
 # answering
 
 
@@ -199,7 +217,8 @@ def decide(question: Question, device: torch.device, arguments: tuple[Any, ...] 
     """The way that is chosen; without `arguments` nothing is measured."""
     on_cuda = device.type == "cuda"
     capturing = on_cuda and torch.cuda.is_current_stream_capturing()
-    key = (question.op, question.case, device, _switch, capturing)
+    by_device = capturing or _device_time
+    key = (question.op, question.case, device, _switch, by_device)
     if key in _decided:
         return _decided[key]
     ways = _allowed(question)
@@ -211,7 +230,7 @@ def decide(question: Question, device: torch.device, arguments: tuple[Any, ...] 
     if known is None:
         # ATen where it may, until it is known better; not remembered: the next call may measure
         return next((way for way in ways if not way.ours), ways[0])
-    _decided[key] = fastest(question, known, known.device_us if capturing else known.called_us)
+    _decided[key] = fastest(question, known, known.device_us if by_device else known.called_us)
     return _decided[key]
 
 
