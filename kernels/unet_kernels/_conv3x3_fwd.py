@@ -395,7 +395,12 @@ _TABLE: dict[str, dict[int, tuple[tuple[Blocks, ...], tuple[Blocks, ...]]]] = {
     "16 bits": {
         8: (
             (_pointers(128, 64, 64, 4, 3), _pointers(256, 64, 64, 8, 3), _pointers(128, 64, 32, 8, 3, taps=3)),
-            (_pointers(128, 128, 64, 8, 3), _pointers(128, 64, 64, 4, 3), _pointers(64, 128, 64, 4, 3)),
+            (
+                _pointers(128, 128, 64, 8, 3),
+                _pointers(128, 256, 32, 8, 3),
+                _pointers(128, 64, 64, 4, 3),
+                _pointers(64, 128, 64, 4, 3),
+            ),
         ),
         9: (
             (
@@ -412,6 +417,7 @@ _TABLE: dict[str, dict[int, tuple[tuple[Blocks, ...], tuple[Blocks, ...]]]] = {
                 _descriptors(256, 128, 64, 8, 3),
                 _descriptors(64, 128, 64, 4, 4),
                 _pointers(128, 128, 64, 8, 3),
+                _pointers(128, 256, 32, 8, 4),
                 _pointers(64, 128, 64, 4, 3),
             ),
         ),

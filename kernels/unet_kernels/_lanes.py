@@ -103,6 +103,7 @@ class Explanation:
     captured: str
     why: str
     ways: tuple[str, ...]
+    ours: tuple[str, ...]
     called_us: dict[str, float]
     device_us: dict[str, float]
     refused: dict[str, str]
@@ -129,9 +130,11 @@ def explain(
         made = arguments()
         kind, reason = lane(op, device, made[0].dtype)
         if kind != "measured":
-            return Explanation(op, "", "ATen", "ATen", reason, ("ATen",), {}, {}, {})
+            return Explanation(op, "", "ATen", "ATen", reason, ("ATen",), (), {}, {}, {})
         question = _QUESTIONS[op](*made)
-        ways = tuple(way.name for way in question.ways())
+        offered = question.ways()
+        ways = tuple(way.name for way in offered)
+        ours = tuple(way.name for way in offered if way.ours)
         row = None if chip else _choosing.row(question, device)
         if row is None:
             called = captured = ways[0]
@@ -140,7 +143,8 @@ def explain(
             called, captured = (_choosing.fastest(question, row, us).name for us in (row.called_us, row.device_us))
             why = _why(called, row.called_us)
     row = row or _choosing.Row()
-    return Explanation(op, question.case, called, captured, why, ways, row.called_us, row.device_us, row.refused)
+    times = (row.called_us, row.device_us, row.refused)
+    return Explanation(op, question.case, called, captured, why, ways, ours, *times)
 
 
 def _why(chosen: str, us: dict[str, float]) -> str:

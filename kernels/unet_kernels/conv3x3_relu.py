@@ -55,7 +55,8 @@ def _cudnn_fused(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
 
 
 def question_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Question:
-    window = reference.crop_to(skip, up.shape[2], up.shape[3])
+    # a window is left as it is: a fake tensor on a device that is not here cannot be cut
+    window = skip if skip.shape[2:] == up.shape[2:] else reference.crop_to(skip, up.shape[2], up.shape[3])
 
     def ways() -> list[Way]:
         found = [Way("ATen", reference.conv3x3_relu_cat, False)]
