@@ -417,7 +417,6 @@ _TABLE: dict[str, dict[int, tuple[tuple[Blocks, ...], tuple[Blocks, ...]]]] = {
                 _descriptors(256, 128, 64, 8, 3),
                 _descriptors(64, 128, 64, 4, 4),
                 _pointers(128, 128, 64, 8, 3),
-                _pointers(128, 256, 32, 8, 4),
                 _pointers(64, 128, 64, 4, 3),
             ),
         ),
