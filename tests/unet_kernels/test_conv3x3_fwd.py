@@ -55,6 +55,14 @@ def no_arithmetic_that_the_interpreter_gets_wrong(request: pytest.FixtureRequest
         pytest.skip("the interpreter's bfloat16 arithmetic is wrong")
 
 
+@pytest.fixture(autouse=True)
+def no_descriptors_where_the_chip_has_none(request: pytest.FixtureRequest, device: torch.device) -> None:
+    parameters = getattr(request.node, "callspec", None)
+    descriptors = parameters is not None and "descriptors" in str(parameters.params.get("variant"))
+    if descriptors and device.type == "cuda" and _triton.chip(device) != 90:
+        pytest.skip("descriptors are for sm_90")
+
+
 def _channels(variant: str) -> int:
     return 3 if variant == "direct" else 32
 
@@ -180,7 +188,7 @@ def test_addresses_beyond_two_to_the_31(axis: int, variant: str) -> None:
 
 @pytest.mark.interpreter
 def test_an_empty_batch_launches_nothing() -> None:
-    for blocks in VARIANTS.values():
+    for blocks in (b for b in VARIANTS.values() if b.kernel != "descriptors"):
         y = launch_conv3x3_fwd(torch.empty(0, 16, 5, 5), torch.empty(8, 16, 3, 3), torch.empty(8), True, blocks)
         assert y.shape == (0, 8, 3, 3)
 
@@ -227,7 +235,8 @@ def test_whatever_is_offered_for_a_shape_is_right(
 ) -> None:
     tensors = _whole_numbers(_made(n, c_in, h, w, c_out, torch.float32, layout))
     want = reference.conv3x3_relu(*(t.double() for t in tensors))
-    with _triton.pretending(chip):
+    # on a GPU it is asked about that one
+    with _triton.pretending(chip if _triton.INTERPRETED else 0):
         offered = ours(*tensors[:2])
     assert offered
     # the first few: at these sizes the rest differs in block shapes only
