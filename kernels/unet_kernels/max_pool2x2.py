@@ -119,7 +119,8 @@ class _OnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y = _maxima(x)
+        # three calls cost more than the indices of a small map
+        y = _maxima(x) if x.numel() > 1 << 17 else reference.max_pool2x2(x)
         _setup(ctx, (x,), y)
         return y
 

@@ -60,9 +60,8 @@ def on_disk(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_every_section_of_the_first_gpu_run_is_found_in_order():
     names = [s.name for s in discover()]
-    first = ["environment", "correctness", "roof", "crop_concat", "bias_relu", "layers"]
-    assert [name for name in names if name in first] == first
-    assert names[-1] == "whole_net", "it takes all the time that is left"
+    first = ["environment", "correctness", "roof", "layers", "whole_net"]
+    assert names[: len(first)] == first, "what says the most comes first: the last sections may find no time"
 
 
 def test_a_new_module_is_a_section_and_a_broken_one_is_seen(tmp_path, monkeypatch):

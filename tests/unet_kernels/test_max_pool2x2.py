@@ -1,6 +1,7 @@
 """max_pool2x2: torch's own, ties and NaN included, but for what it keeps."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from tests.proof.memory import LAYOUTS, awkward, guarded_launch
 from tests.proof.order import assert_order_does_not_matter
 from tests.proof.properties import given, st
 from tests.proof.yardstick import assert_same_bits
-from unet_kernels import _checks, _triton
+from unet_kernels import _checks, _triton, reference
 from unet_kernels.max_pool2x2 import launch_max_pool2x2_fwd
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -56,6 +57,16 @@ def test_ties_and_what_is_no_number_go_where_torch_sends_them(through_the_op: bo
 def test_any_strides_and_dtypes(layout: str, dtype: torch.dtype, through_the_op: bool, device: torch.device) -> None:
     for shape in ((2, 3, 8, 6), (1, 1, 2, 2), (1, 5, 7, 9)):
         _assert_is_torchs(awkward(torch.randn(shape).to(device, dtype), layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_large_map_is_pooled_without_indices_and_the_same(layout: str) -> None:
+    x = torch.randn(2, 5, 121, 120)
+    x[0, 0, 0, :3], x[1, 4, 60:63, 7] = torch.tensor([1.0, 1.0, torch.nan]), torch.tensor([torch.inf, -torch.inf, 0.0])
+    assert x.numel() > 1 << 17
+    _assert_is_torchs(awkward(x, layout))
+    with mock.patch.object(reference, "max_pool2x2", side_effect=AssertionError):
+        uk.max_pool2x2(x)
 
 
 @DOORS
