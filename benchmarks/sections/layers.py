@@ -2,7 +2,8 @@
 
 Forward, channels_last, as the net calls it: the expanding path's first convolutions read up and a window of the skip,
 the contracting path's second ones hand on a window and the maxima. "torch" is the layer in plain PyTorch; "ours" is the
-way that our op takes after it has measured all there are; "best kernel" the fastest of our kernels. Times are the
+way that our op takes after it has measured all there are; "best kernel" the fastest of our kernels, "predicted" what
+it should take (`benchmarks.predicted`, by this device's own rates). Times are the
 device's own, the paired ones cold. The floor is the longer of arithmetic at the measured matrix rate and the fewest
 bytes at the measured copy rate.
 
@@ -19,6 +20,7 @@ import torch
 import unet_kernels
 from benchmarks.cases import Case, calls, cases, inputs, results
 from benchmarks.harness import expect_as_close, measure, paired
+from benchmarks.predicted import predicted_us
 from benchmarks.sections import Context, Failed, affordable, short
 
 TITLE = "Every layer of the net, by every way there is, against its floor"
@@ -97,6 +99,7 @@ def _row(context: Context, dtype: torch.dtype, case: Case, tried: list[dict[str,
         "dtype": short(dtype),
         "gflop": layer.flops / 1e9,
         "floor_us": floor_us,
+        "predicted_us": _predicted_us(context, dtype, case),
         "conv_us": conv.median_us,
         "torch_us": found.a.median_us,
         "compiled_us": compiled_us,
@@ -113,6 +116,14 @@ def _row(context: Context, dtype: torch.dtype, case: Case, tried: list[dict[str,
         **errors[0],
         "how": found.b.how,
     }
+
+
+def _predicted_us(context: Context, dtype: torch.dtype, case: Case) -> float | None:
+    if context.device.type != "cuda":
+        return None
+    processors = torch.cuda.get_device_properties(context.device).multi_processor_count
+    rates = context.roof.convolution_tflops(dtype), context.roof.copy_gbps()
+    return predicted_us(case, *rates, processors, dtype.itemsize)
 
 
 def _ways(case: Case, record: list[tuple[str, str, str]], context: Context) -> dict[str, Any]:
