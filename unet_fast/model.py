@@ -54,9 +54,12 @@ class Conv3x3(nn.Conv2d):
             return unet_kernels.conv3x3_relu(x, self.weight, self.bias)
         return unet_kernels.conv3x3_relu_cat(x, skip, self.weight, self.bias)
 
-    def pooled(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """(the centred [rows, columns] window of forward(x), its 2x2 maxima)."""
-        return unet_kernels.conv3x3_relu_pool(x, self.weight, self.bias, rows=rows, columns=columns)
+    def pooled(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor] | None:
+        """(the centred [rows, columns] window of forward(x), its 2x2 maxima) in one pass; None where two are faster."""
+        given = x, self.weight, self.bias
+        if not unet_kernels.one_pass_pays(*given, rows=rows, columns=columns):
+            return None
+        return unet_kernels.conv3x3_relu_pool(*given, rows=rows, columns=columns)
 
 
 class Deconv(nn.ConvTranspose2d):
@@ -128,7 +131,10 @@ class Down(nn.Module):
         """(the window that the way up will see of forward(x), `below` levels being under it; its 2x2 maxima)."""
         x = self.conv1(x)
         rows, columns = (geometry.arriving_size(n - 2, below) for n in x.shape[2:])
-        return self.conv2.pooled(x, rows, columns)
+        if (both := self.conv2.pooled(x, rows, columns)) is not None:
+            return both
+        x = self.conv2(x)
+        return _centre(x, rows, columns), unet_kernels.max_pool2x2(x)
 
 
 class Up(nn.Module):

@@ -13,7 +13,7 @@ from .border_weight import border_weight, cut_gap, two_nearest_cells
 from .connected_components import connected_components
 from .conv1x1 import conv1x1
 from .conv3x3_relu import conv3x3_relu, conv3x3_relu_cat
-from .conv3x3_relu_pool import conv3x3_relu_pool
+from .conv3x3_relu_pool import conv3x3_relu_pool, one_pass_pays
 from .crop_concat import crop_concat
 from .elastic_warp import elastic_warp
 from .homotopic_warp import ERROR_KINDS, homotopic_warp
@@ -45,6 +45,7 @@ __all__ = [
     "lane",
     "max_pool2x2",
     "native_libraries",
+    "one_pass_pays",
     "rand_sums",
     "recorded",
     "two_nearest_cells",

@@ -115,7 +115,8 @@ def _product(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         by_channel = dy[:, :, top : top + lines].permute(1, 0, 2, 3).reshape(c_out, -1)
         for r in range(3):
             seen = _windows(x[:, :, top + r : top + r + lines], width)
-            torch.addmm(dweight[:, r], by_channel, seen, beta=0 if top == 0 else 1, out=dweight[:, r])
+            # in place and not `out=`, which has no derivative
+            dweight[:, r].addmm_(by_channel, seen, beta=0 if top == 0 else 1)
     return dweight.view(c_out, 3, 3, c_in).permute(0, 3, 1, 2)
 
 

@@ -19,7 +19,7 @@ from ._conv3x3_fwd import case_of, launch_conv3x3_pool_fwd, makes_maxima, ours
 from .conv3x3_relu import conv3x3_relu, expect_convolvable
 from .max_pool2x2 import max_pool2x2
 
-__all__ = ["conv3x3_relu_pool", "question"]
+__all__ = ["conv3x3_relu_pool", "one_pass_pays", "question"]
 
 
 def question(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, rows: int, columns: int) -> Question:
@@ -80,7 +80,7 @@ def conv3x3_relu_pool(
     for name, size, most in (("rows", rows, x.shape[2] - 2), ("columns", columns, x.shape[3] - 2)):
         if not 1 <= size <= most:
             raise ValueError(f"{name} must be between 1 and those of y, {most}, got {size}")
-    if _one_pass_pays(x, weight, bias, relu, rows, columns):
+    if one_pass_pays(x, weight, bias, rows=rows, columns=columns, relu=relu):
         return _op(x, weight, bias, relu, rows, columns)
     return _apart(x, weight, bias, relu, rows, columns)
 
@@ -90,7 +90,11 @@ def _apart(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, rows: int, colum
     return reference.crop_to(y, rows, columns), max_pool2x2(y)
 
 
-def _one_pass_pays(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, rows: int, columns: int) -> bool:
+def one_pass_pays(x: Tensor, weight: Tensor, bias: Tensor, *, rows: int, columns: int, relu: bool = True) -> bool:
+    """Whether `conv3x3_relu_pool` of these would take one pass.
+
+    Whoever takes two by himself can let go of x between them, which a function cannot do for its caller.
+    """
     tensors = (x, weight, bias)
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if wants_gradient or _checks.transformed() or torch.compiler.is_compiling() or type(x) is not Tensor:
