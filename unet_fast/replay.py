@@ -58,25 +58,37 @@ class Replayed:
 
     def _called(self, x: Tensor) -> Tensor:
         with unet_kernels.by_device_time():
+            try:
+                return self.net(x)
+            except RuntimeError as error:
+                if self._graph is None or not is_out_of_memory(error):
+                    raise
+            # there is no room for a call beside what the graph holds
+            self._give_up("memory ran out")
             return self.net(x)
+
+    def _give_up(self, why: str) -> None:
+        self.refused, self._graph = why, None
+        give_back()
+        torch.cuda.empty_cache()
 
     def _capture(self, x: Tensor) -> None:
         self.refused = _why_not(self.net)
         if self.refused:
             return
+        # by another input, and called first: beside a graph there may be no room to call
+        other = x.flip(-1)
+        want = self._called(other)
         try:
             graph = _Graph(self._called, x)
-            # the same numbers once more, by another input: a graph that computes something else is not used
-            other = x.flip(-1)
-            if torch.equal(graph(other).nan_to_num(), self._called(other).nan_to_num()):
+            if torch.equal(graph(other).nan_to_num(), want.nan_to_num()):
                 self._graph = graph
-            else:
-                self.refused = "the graph's bits are not the net's"
+                return
+            why = "the graph's bits are not the net's"
         except RuntimeError as error:
-            self.refused = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if is_out_of_memory(error):
-                give_back()
-                torch.cuda.empty_cache()
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        graph = None
+        self._give_up(why)
 
 
 class _Graph:

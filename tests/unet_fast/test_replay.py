@@ -138,6 +138,29 @@ def test_a_capture_that_fails_is_not_tried_again(said: str, monkeypatch: pytest.
     assert replayed.refused == said
 
 
+def test_where_memory_runs_out_beside_a_graph_the_graph_goes(captures: list[int]) -> None:
+    net = _Net()
+    replayed = Replayed(net, after=0)
+    replayed(_x())
+    assert replayed._graph is not None
+    forward, tried = net.forward, []
+
+    def full(x: Tensor) -> Tensor:
+        if replayed._graph is not None:
+            tried.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(x)
+
+    net.forward = full
+    assert replayed(_x(44)).shape[2] == 28
+    assert len(tried) == 1
+    assert replayed.refused == "memory ran out"
+    net.forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    # without a graph there is nothing to give
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed(_x(44))
+
+
 def test_a_graph_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     # what a kernel's workspace outside the graph would do: the first result over and over
     monkeypatch.setattr(replay, "captured", lambda work, device: (work(), lambda: None))
