@@ -79,16 +79,16 @@ class Replayed:
         # by another input, and called first: beside a graph there may be no room to call
         other = x.flip(-1)
         want = self._called(other)
+        why = ""
         try:
-            graph = _Graph(self._called, x)
-            if torch.equal(graph(other).nan_to_num(), want.nan_to_num()):
-                self._graph = graph
-                return
-            why = "the graph's bits are not the net's"
+            self._graph = _Graph(self._called, x)
+            if not torch.equal(self._graph(other).nan_to_num(), want.nan_to_num()):
+                why = "the graph's bits are not the net's"
         except RuntimeError as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        graph = None
-        self._give_up(why)
+        # not in the except clause: the error holds on to what was made
+        if why:
+            self._give_up(why)
 
 
 class _Graph:

@@ -5,6 +5,7 @@ registered as `torch.ops.unet.<name>`, so that autograd, torch.compile, torch.ex
 are put underneath without changing a signature; `lane` says which one an op takes on a device, and why.
 """
 
+from ._aten import multiplies_in
 from ._choosing import adopt, by_device_time, choices, recorded, using
 from ._lanes import OPS, Explanation, explain, lane
 from ._native import NativeLibraryMissing
@@ -44,6 +45,7 @@ __all__ = [
     "homotopic_warp",
     "lane",
     "max_pool2x2",
+    "multiplies_in",
     "native_libraries",
     "one_pass_pays",
     "rand_sums",

@@ -7,9 +7,9 @@ Elsewhere ATen's own is as good, and is what runs.
 import torch
 from torch import Tensor
 
-from . import _layout, reference
+from . import _aten, _layout, reference
 
-__all__ = ["conv3x3_relu", "convolution_backward", "has_a_better_derivative", "weight_gradient"]
+__all__ = ["conv3x3_relu", "derivatives", "has_a_better_derivative", "weight_gradient"]
 
 # what ATen's weight gradient in channels_last is written for
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -17,6 +17,7 @@ WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 MOST_WINDOWS = 1 << 19
 
 
+@_aten.through_float32
 def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     """The reference's result."""
     if _turning_costs_more(x, weight):
@@ -46,15 +47,21 @@ def _as_product(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     return y.relu_() if relu else y
 
 
-def convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    """ATen's (dx, dweight, dbias), each where it is needed."""
-    gradients: tuple[Tensor | None, ...] = torch.ops.aten.convolution_backward(
-        dy, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs
-    )
-    return gradients
+@_aten.through_float32
+def derivatives(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
+    """(dx, dweight, dbias) of the convolution of x, each where it is needed."""
+    if not (needs[1] and _weight_gradient_pays(x, weight)):
+        return _aten.convolution_backward(dy, x, weight, needs)
+    dx = _aten.convolution_backward(dy, x, weight, [True, False, False])[0] if needs[0] else None
+    return dx, weight_gradient(dy, x, weight), dy.sum((0, 2, 3)) if needs[2] else None
 
 
 def has_a_better_derivative(x: Tensor, weight: Tensor) -> bool:
+    """Whether `derivatives` are better than ATen's autograd."""
+    return _aten.is_narrow(x) or _weight_gradient_pays(x, weight)
+
+
+def _weight_gradient_pays(x: Tensor, weight: Tensor) -> bool:
     """Whether `weight_gradient` is better than ATen's."""
     return _weight_is_large(x, weight) or _products_are_faster(x, weight)
 
@@ -131,6 +138,6 @@ def _turned(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     # of the weight ATen needs the shape; as if it were contiguous, so that the gradient comes contiguous
     c_in = weight.shape[1]
     shape_only = weight.detach().as_strided(weight.shape, (9 * c_in, 9, 3, 1))
-    dweight = convolution_backward(dy.contiguous(), x.contiguous(), shape_only, [False, True, False])[1]
+    dweight = _aten.convolution_backward(dy.contiguous(), x.contiguous(), shape_only, [False, True, False])[1]
     assert dweight is not None
     return dweight.contiguous(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from . import _choosing, _native, _triton
+from . import _aten, _choosing, _native, _triton
 from .conv1x1 import question as of_conv1x1
 from .conv3x3_relu import question as of_conv3x3_relu
 from .conv3x3_relu import question_cat as of_conv3x3_relu_cat
@@ -60,6 +60,7 @@ _QUESTIONS: dict[str, Callable[..., _choosing.Question]] = {
     "conv1x1": of_conv1x1,
     "max_pool2x2": of_max_pool2x2,
 }
+_CONVOLUTIONS = ("conv3x3_relu", "conv3x3_relu_cat", "conv3x3_relu_pool", "up_conv", "conv1x1")
 _CUDA: dict[str, Callable[[torch.device], str]] = {"connected_components": _native.why_not_cuda}
 # likewise on a CPU
 _NATIVE: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {
@@ -81,6 +82,8 @@ def lane(op: str, device: torch.device | str, dtype: torch.dtype | None = None) 
     if device.type == "cpu" and op in _NATIVE:
         refusal = _NATIVE[op](device, dtype)
         return ("torch", refusal) if refusal else ("native", "our C++ kernel")
+    if op in _CONVOLUTIONS and dtype is not None and _aten.multiplies_in(device, dtype) != dtype:
+        return "torch", f"ATen in float32, rounded; this processor has no arithmetic in {_choosing.arithmetic(dtype)}"
     if device.type != "cuda":
         return "torch", f"ATen, the reference; {device.type} has no kernel of ours yet"
     if op in _CUDA:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _choosing, _layout, _triton, reference
+from . import _aten, _checks, _choosing, _layout, _triton, reference
 from ._choosing import Question, Way
 from ._triton import jit, tl
 
@@ -91,7 +91,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("unet::conv1x1", mutates_args=())
 @_checks.outside_autocast
 def _op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _choosing.computed(question, reference.conv1x1, (x, weight, bias))
+    return _choosing.computed(question, _aten.through_float32(reference.conv1x1), (x, weight, bias))
 
 
 # a fake whose body is the ATen composite gets the strides right
@@ -105,9 +105,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @_checks.outside_autocast
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, list(ctx.needs_input_grad)
-    )
+    return _aten.convolution_backward(dy, x, weight, list(ctx.needs_input_grad))
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -144,6 +142,6 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.expect_like("weight", weight, "x", x)
     _checks.expect_like("bias", bias, "x", x)
-    if _checks.transformed() or _choosing.ordinary_on_cpu(x):
+    if _checks.transformed() or (_choosing.ordinary_on_cpu(x) and not _aten.is_narrow(x)):
         return reference.conv1x1(x, weight, bias)
     return _op(x, weight, bias)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _choosing, _conv3x3_cpu, reference
+from . import _aten, _checks, _choosing, _conv3x3_cpu, reference
 from ._choosing import Question, Way
 from ._conv3x3_fwd import Blocks, case_of, launch_conv3x3_fwd, ours
 from .bias_relu import launch_bias_relu_
@@ -75,13 +75,20 @@ def _launch_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bo
     return launch_conv3x3_fwd(up, weight, bias, relu, blocks, reference.crop_to(skip, up.shape[2], up.shape[3]))
 
 
+_plain = _aten.through_float32(reference.conv3x3_relu)
+
+
+def _plain_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return _plain(reference.crop_concat(up, skip), weight, bias, relu)
+
+
 # the operators
 
 
 @torch.library.custom_op("unet::conv3x3_relu", mutates_args=())
 @_checks.outside_autocast
 def _op(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    return _choosing.computed(question, reference.conv3x3_relu, (x, weight, bias, relu))
+    return _choosing.computed(question, _plain, (x, weight, bias, relu))
 
 
 # a fake whose body is the ATen composite gets the strides right
@@ -91,7 +98,7 @@ _op.register_fake(_checks.outside_autocast(reference.conv3x3_relu))
 @torch.library.custom_op("unet::conv3x3_relu_cat", mutates_args=())
 @_checks.outside_autocast
 def _cat_op(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    return _choosing.computed(question_cat, reference.conv3x3_relu_cat, (up, skip, weight, bias, relu))
+    return _choosing.computed(question_cat, _plain_cat, (up, skip, weight, bias, relu))
 
 
 _cat_op.register_fake(_checks.outside_autocast(reference.conv3x3_relu_cat))
@@ -110,10 +117,8 @@ def _masked(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
 
 def _derivatives(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
     """(dx, dweight, dbias) of the convolution of x."""
-    if not (x.device.type == "cpu" and needs[1] and _conv3x3_cpu.has_a_better_derivative(x, weight)):
-        return _conv3x3_cpu.convolution_backward(dy, x, weight, needs)
-    dx = _conv3x3_cpu.convolution_backward(dy, x, weight, [True, False, False])[0] if needs[0] else None
-    return dx, _conv3x3_cpu.weight_gradient(dy, x, weight), dy.sum((0, 2, 3)) if needs[2] else None
+    of_device = _conv3x3_cpu.derivatives if x.device.type == "cpu" else _aten.convolution_backward
+    return of_device(dy, x, weight, needs)
 
 
 @_checks.outside_autocast
@@ -143,6 +148,7 @@ class _OnCPU(torch.autograd.Function):
     """The op's derivative without the op's dispatch."""
 
     @staticmethod
+    @_checks.outside_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         y = _conv3x3_cpu.conv3x3_relu(*inputs)
         # called here: autograd's own hook for it binds signatures, which costs more than a small convolution
@@ -156,8 +162,9 @@ class _CatOnCPU(torch.autograd.Function):
     """Likewise."""
 
     @staticmethod
+    @_checks.outside_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = reference.conv3x3_relu_cat(*inputs)
+        y = _plain_cat(*inputs)
         _setup(ctx, inputs, y)
         return y
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, _choosing, _layout, _triton, reference
+from . import _aten, _checks, _choosing, _layout, _triton, reference
 from ._choosing import Question, Way
 from ._triton import jit, tl
 
@@ -177,7 +177,7 @@ def question(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Question:
 def _op(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
     # without a choice, by phase: the doubled map is four times the one it is made of
     plain = reference.up_conv if mode == "deconv" else _by_phase
-    return _choosing.computed(question, plain, (x, weight, bias, mode))
+    return _choosing.computed(question, _aten.through_float32(plain), (x, weight, bias, mode))
 
 
 def _by_phase(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
@@ -227,23 +227,20 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     if ctx.mode == "deconv":
-        gradients = torch.ops.aten.convolution_backward(
-            dy, x, weight, [weight.shape[1]], [2, 2], [0, 0], [1, 1], True, [0, 0], 1, needs
-        )
-        return (*gradients, None)
+        return (*_aten.convolution_backward(dy, x, weight, needs, stride=2, transposed=True), None)
     dx, dweight = _resize_backward(dy, x, weight, needs)
     return dx, dweight, dy.sum((0, 2, 3)) if needs[2] else None, None
 
 
+# as a whole: its parts add up in float32
+@_aten.through_float32
 def _resize_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor | None, Tensor | None]:
     height, width = x.shape[-2:]
     padded = F.pad(x, (0, 1, 0, 1), mode="replicate")
     dpadded, dweight = torch.zeros_like(padded), torch.zeros_like(weight)
     for a, b in PHASES:
         taps, seen = _summed(weight, a, b), _seen(padded, a, b, height, width)
-        dseen, dtaps, _ = torch.ops.aten.convolution_backward(
-            dy[:, :, a::2, b::2], seen, taps, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [*needs[:2], False]
-        )
+        dseen, dtaps, _ = _aten.convolution_backward(dy[:, :, a::2, b::2], seen, taps, [*needs[:2], False])
         if needs[0]:
             _seen(dpadded, a, b, height, width).add_(dseen)
         if needs[1]:
@@ -299,7 +296,8 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor, *, mode: str) -> Tensor:
     _checks.expect_like("bias", bias, "x", x)
     if _checks.transformed():
         return reference.up_conv(x, weight, bias, mode)
+    ordinary = _choosing.ordinary_on_cpu(x) and not _aten.is_narrow(x)
     # four products with sums of a weight that is larger than the map cost more than doubling the map
-    if _choosing.ordinary_on_cpu(x) and (mode == "deconv" or x.numel() < weight.numel()):
+    if ordinary and (mode == "deconv" or x.numel() < weight.numel()):
         return reference.up_conv(x, weight, bias, mode)
     return _op(x, weight, bias, mode)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tests.proof.allocations import allocated
 from tests.unet_fast.plain_unet import PlainUNet
 from unet_fast import FastUNet, geometry
+from unet_kernels import multiplies_in
 
 # features, tile: where activations weigh most, where they and the weights do, where the weights do
 NETS = {
@@ -112,6 +113,20 @@ def test_in_bfloat16_a_forward_takes_two_fifths_of_plain_eagers_time() -> None:
     plain, fast = _Forward(PlainUNet().eval(), x), _Forward(FastUNet().eval().bfloat16(), x.bfloat16())
     with _one_thread():
         assert time_ratio(plain, fast, enough=0.4, rounds=1) <= 0.4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_where_the_processor_cannot_multiply_16_bits_they_take_a_quarter_of_plain_eagers_time(
+    dtype: torch.dtype,
+) -> None:
+    if multiplies_in("cpu", dtype) == dtype:
+        pytest.skip(f"this processor has {dtype} arithmetic")
+    nets = [net.to(dtype) for net in (PlainUNet(features=(16, 32)), FastUNet(features=(16, 32)))]
+    x, target = torch.rand(1, 1, 188, 188).to(dtype), torch.randint(0, 2, (1, 172, 172))
+    plain, fast = (_Step(net, x, target) for net in nets)
+    with _one_thread():
+        assert time_ratio(plain, fast, enough=0.25, rounds=1) <= 0.25
 
 
 @contextmanager

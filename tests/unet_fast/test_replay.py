@@ -134,7 +134,8 @@ def test_a_capture_that_fails_is_not_tried_again(said: str, monkeypatch: pytest.
     replayed = Replayed(net, after=1)
     results = [replayed(_x()) for _ in range(4)]
     assert len(tried) == 1
-    assert net.calls == len(results) == 4
+    # and once for the bits that a graph would have to have
+    assert net.calls == len(results) + 1 == 5
     assert replayed.refused == said
 
 
