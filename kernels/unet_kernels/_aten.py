@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _checks
+
 __all__ = ["convolution_backward", "is_narrow", "multiplies_in", "through_float32"]
 
 # how oneDNN is asked
@@ -33,8 +35,8 @@ def multiplies_in(device: torch.device | str, dtype: torch.dtype) -> torch.dtype
 
 
 def is_narrow(x: Tensor) -> bool:
-    """Whether x lies on a CPU in 16 bits, which that CPU cannot multiply."""
-    return x.dtype in _ASKED and multiplies_in(x.device, x.dtype) != x.dtype
+    """Whether x, which is no fake tensor, lies on a CPU in 16 bits, which that CPU cannot multiply."""
+    return x.dtype in _ASKED and _checks.is_real(x) and multiplies_in(x.device, x.dtype) != x.dtype
 
 
 def through_float32(computation: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,6 +32,7 @@ __all__ = [
     "expect_size",
     "expect_tensor",
     "expect_whole",
+    "is_real",
     "ordinary_on_cpu",
     "outside_autocast",
     "transformed",
@@ -156,11 +157,12 @@ def ordinary_on_cpu(tensor: Tensor) -> bool:
     Dispatching a custom op costs some 80 us forward and backward; ATen's autograd costs 20
     (docs/findings/0001-cpu-dispatch.md). Fake tensors and torch.compile see the op.
     """
-    return (
-        tensor.device.type == "cpu"
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-    )
+    return tensor.device.type == "cpu" and is_real(tensor) and not torch.compiler.is_compiling()
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether there are values behind a tensor, as there are none behind a fake one."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def transformed() -> bool:

@@ -7,7 +7,7 @@ Elsewhere ATen's own is as good, and is what runs.
 import torch
 from torch import Tensor
 
-from . import _aten, _layout, reference
+from . import _aten, _checks, _layout, reference
 
 __all__ = ["conv3x3_relu", "derivatives", "has_a_better_derivative", "weight_gradient"]
 
@@ -105,7 +105,9 @@ def _products_are_faster(x: Tensor, weight: Tensor) -> bool:
     """
     work = x.shape[0] * (x.shape[2] - 2) * (x.shape[3] - 2) * weight.shape[0] * weight.shape[1]
     worth_it = work >= 12_000_000 and weight.shape[0] * weight.shape[1] >= 1024
-    return not WIDE_VECTORS and worth_it and _is_channels_last(weight) and x.stride(1) == 1 and x.dtype == torch.float32
+    fits = _is_channels_last(weight) and x.stride(1) == 1 and x.dtype == torch.float32
+    # a fake tensor counts what any processor takes
+    return not WIDE_VECTORS and worth_it and fits and _checks.is_real(x)
 
 
 def _product(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
