@@ -12,7 +12,7 @@ from .border_weight import border_weight, cut_gap, two_nearest_cells
 from .connected_components import connected_components
 from .conv3x3_relu import conv3x3_relu, conv3x3_relu_cat
 from .crop_concat import crop_concat
-from .elastic_warp import elastic_warp
+from .elastic_warp import elastic_warp, warp_jacobian
 from .homotopic_warp import ERROR_KINDS, homotopic_warp
 from .max_pool2x2 import max_pool2x2
 from .rand_sums import rand_sums, watershed_cells
@@ -38,6 +38,7 @@ __all__ = [
     "rand_sums",
     "two_nearest_cells",
     "up_conv",
+    "warp_jacobian",
     "watershed_cells",
     "weighted_cross_entropy",
 ]
