@@ -41,10 +41,17 @@ _KERNELS: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {
     "elastic_warp": _triton.why_not,
 }
 _CUDA: dict[str, Callable[[torch.device], str]] = {"connected_components": _native.why_not_cuda}
+
+
+def _single(device: torch.device, dtype: torch.dtype | None) -> str:
+    return "float64 is left to torch" if dtype == torch.float64 else _native.why_not(device)
+
+
 # likewise on a CPU
 _NATIVE: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {
     "two_nearest_cells": _native.why_not,
     "border_weight": _native.why_not,
+    "elastic_warp": _single,
     "connected_components": _native.why_not,
 }
 

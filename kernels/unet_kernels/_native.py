@@ -99,7 +99,9 @@ def describe() -> dict[str, str]:
     """What there is of the two libraries, in words: {"native": ..., "native_cuda": ...}."""
     found = {}
     try:
-        found["native"] = f"{native().unet_build_info().decode()}, {native().unet_thread_count()} threads"
+        library = native()
+        parts = library.unet_build_info().decode(), library.unet_processor().decode()
+        found["native"] = f"{', '.join(parts)}, {library.unet_thread_count()} threads"
     except NativeLibraryMissing as missing:
         found["native"] = f"missing: {missing}"
     try:

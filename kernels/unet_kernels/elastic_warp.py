@@ -13,12 +13,12 @@ matrix, six sums a program; the grid's gradient is two products of matrices from
 gather: `_reach_kernel` says which rows and columns of the image each block of the output reads, and in
 `_bwd_image_kernel` each tile of the image adds up, block by block, a product of two matrices: the block's taps down
 [R, P], and its taps across times dout [S, P]. Nothing is added atomically, so that the same input gives the same bits.
-Products and sums are rounded one by one (no fma), in the order of the reference: positions, and so labels, are the
-reference's, bit for bit. On a CPU a C++ kernel does the same; float64 is the reference's own.
+Products and sums are rounded one by one (no fma) and in the order of the reference, so that image and labels have its
+bits. On a CPU a C++ kernel (kernels/native/src/elastic_warp.cpp) does the same; float64 is the reference's own.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,19 +106,19 @@ def _displaced(grid_ptr, row, column, H, W, GH, GW, scale_y, scale_x, inside):  
     at_x = tl.minimum(tl.maximum(column, 0), W - 1).to(tl.float32) * scale_x
     low_y, low_x = tl.floor(at_y), tl.floor(at_x)
     f_y, f_x = at_y - low_y, at_x - low_x
+    u_y, u_x = tl.zeros_like(at_y), tl.zeros_like(at_x)
     for j in tl.static_range(4):
         g_x = tl.minimum(tl.maximum(low_x.to(tl.int32) + (j - 1), 0), GW - 1)
+        down_y, down_x = tl.zeros_like(at_y), tl.zeros_like(at_x)
         for i in tl.static_range(4):
             g_y = tl.minimum(tl.maximum(low_y.to(tl.int32) + (i - 1), 0), GH - 1)
             point = grid_ptr + g_y * GW + g_x
             weight = _tap(f_y, i - 1, 3)
-            of_y = weight * tl.load(point, mask=inside, other=0.0)
-            of_x = weight * tl.load(point + GH * GW, mask=inside, other=0.0)
-            down_y = of_y if i == 0 else down_y + of_y  # noqa: F821
-            down_x = of_x if i == 0 else down_x + of_x  # noqa: F821
+            down_y += weight * tl.load(point, mask=inside, other=0.0)
+            down_x += weight * tl.load(point + GH * GW, mask=inside, other=0.0)
         weight = _tap(f_x, j - 1, 3)
-        u_y = weight * down_y if j == 0 else u_y + weight * down_y  # noqa: F821
-        u_x = weight * down_x if j == 0 else u_x + weight * down_x  # noqa: F821
+        u_y += weight * down_y
+        u_x += weight * down_x
     return row.to(tl.float32) + u_y, column.to(tl.float32) + u_x
 
 
@@ -181,15 +181,15 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
     out = out_ptr + n * C * h * w + p
     c = 0
     while c < C:
+        value = tl.zeros([BLOCK_P], tl.float32)
         for j in tl.static_range(ORDER + 1):
             s = _mirrored(from_x + (START + j), W).to(tl.int64) * stride_iw
+            down = tl.zeros([BLOCK_P], tl.float32)
             for i in tl.static_range(ORDER + 1):
                 r = _mirrored(from_y + (START + i), H).to(tl.int64) * stride_ih
                 pixel = tl.load(plane + r + s, mask=inside, other=0).to(tl.float32)
-                part = pixel * _tap(f_y, START + i, ORDER)
-                down = part if i == 0 else down + part  # noqa: F821
-            part = down * _tap(f_x, START + j, ORDER)
-            value = part if j == 0 else value + part  # noqa: F821
+                down += pixel * _tap(f_y, START + i, ORDER)
+            value += down * _tap(f_x, START + j, ORDER)
         if lut_ptr is not None:
             position, entry, first, second = _table(lut_ptr + n * stride_tn, value, factor, L, inside)
             # what is no number has no place in the table, and stays what it is
@@ -273,33 +273,22 @@ def _bwd_position_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _of_block(  # type: ignore[no-untyped-def]
-    block, grid_ptr, matrix_ptr, n, H, W, GH, GW, h, w, top, left, scale_y, scale_x, BLOCK: tl.constexpr
-):
-    """Of the BLOCK x BLOCK output pixels of a block: p (0 outside), whether they are there, where they read."""
-    across = tl.cdiv(w, BLOCK)
-    i = tl.arange(0, BLOCK * BLOCK)
-    row, column = (block // across) * BLOCK + i // BLOCK, (block % across) * BLOCK + i % BLOCK
-    inside = (row < h) & (column < w)
-    y, x, _q_y, _q_x = _position(
-        grid_ptr, matrix_ptr, n, row + top, column + left, H, W, GH, GW, scale_y, scale_x, inside
-    )
-    return tl.where(inside, row * w + column, 0), inside, y, x
-
-
-@jit
 def _reach_kernel(  # type: ignore[no-untyped-def]
-    grid_ptr, matrix_ptr, reach_ptr,
+    grid_ptr, matrix_ptr, positions_ptr, reach_ptr,
     H, W, GH, GW, h, w, top, left, scale_y, scale_x,
     ORDER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     block, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    _p, inside, y, x = _of_block(block, grid_ptr, matrix_ptr, n, H, W, GH, GW, h, w, top, left, scale_y, scale_x, BLOCK)
+    row, column, inside = _pixels(block, h, w, BLOCK)
+    y, x, _q_y, _q_x = _position(
+        grid_ptr, matrix_ptr, n, row + top, column + left, H, W, GH, GW, scale_y, scale_x, inside
+    )
+    positions = positions_ptr + n * 2 * h * w + row * w + column
+    tl.store(positions, y, mask=inside)
+    tl.store(positions + h * w, x, mask=inside)
     from_y = _wrapped(tl.floor(y).to(tl.int32), H)
     from_x = _wrapped(tl.floor(x).to(tl.int32), W)
     START: tl.constexpr = 0 if ORDER == 1 else -1
-    # [N, blocks, 4]: the first and the last row, the first and the last column
-    reach = reach_ptr + (n * tl.num_programs(0) + block) * 4
     low_y, high_y, low_x, high_x = H, -1, W, -1
     for k in tl.static_range(ORDER + 1):
         r, s = _mirrored(from_y + (START + k), H), _mirrored(from_x + (START + k), W)
@@ -307,6 +296,8 @@ def _reach_kernel(  # type: ignore[no-untyped-def]
         high_y = tl.maximum(high_y, tl.max(tl.where(inside, r, -1), axis=0))
         low_x = tl.minimum(low_x, tl.min(tl.where(inside, s, W), axis=0))
         high_x = tl.maximum(high_x, tl.max(tl.where(inside, s, -1), axis=0))
+    # [N, blocks, 4]: the first and the last row, the first and the last column
+    reach = reach_ptr + (n * tl.num_programs(0) + block) * 4
     tl.store(reach, low_y)
     tl.store(reach + 1, high_y)
     tl.store(reach + 2, low_x)
@@ -314,9 +305,18 @@ def _reach_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _pixels(block, h, w, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows and columns of the BLOCK x BLOCK output pixels of a block, and which of them are there."""
+    i = tl.arange(0, BLOCK * BLOCK)
+    across = tl.cdiv(w, BLOCK)
+    row, column = (block // across) * BLOCK + i // BLOCK, (block % across) * BLOCK + i % BLOCK
+    return row, column, (row < h) & (column < w)
+
+
+@jit
 def _bwd_image_kernel(  # type: ignore[no-untyped-def]
-    dvalue_ptr, grid_ptr, matrix_ptr, reach_ptr, dimage_ptr,
-    C, H, W, GH, GW, h, w, top, left, scale_y, scale_x, blocks,
+    dvalue_ptr, positions_ptr, reach_ptr, dimage_ptr,
+    C, H, W, h, w, blocks,
     ORDER: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tiles_across = tl.cdiv(W, TILE)
@@ -325,7 +325,6 @@ def _bwd_image_kernel(  # type: ignore[no-untyped-def]
     rows, columns = first_row + tl.arange(0, TILE), first_column + tl.arange(0, TILE)  # [TILE] of the image
     plane = tl.program_id(1).to(tl.int64)
     n = plane // C
-    lane = tl.arange(0, BLOCK * BLOCK)
     START: tl.constexpr = 0 if ORDER == 1 else -1
     acc = tl.zeros([TILE, TILE], tl.float32)
     block = 0
@@ -334,42 +333,46 @@ def _bwd_image_kernel(  # type: ignore[no-untyped-def]
         meets = (tl.load(reach) < first_row + TILE) & (tl.load(reach + 1) >= first_row)
         meets = meets & (tl.load(reach + 2) < first_column + TILE) & (tl.load(reach + 3) >= first_column)
         if meets:
-            p, inside, y, x = _of_block(
-                block, grid_ptr, matrix_ptr, n, H, W, GH, GW, h, w, top, left, scale_y, scale_x, BLOCK
-            )
-            d = tl.load(dvalue_ptr + plane * h * w + p, mask=inside, other=0.0).to(tl.float32)
+            row, column, inside = _pixels(block, h, w, BLOCK)
+            d = tl.load(dvalue_ptr + plane * h * w + row * w + column, mask=inside, other=0.0).to(tl.float32)
+            positions = positions_ptr + n * 2 * h * w + row * w + column
+            y, x = tl.load(positions, mask=inside, other=0.0), tl.load(positions + h * w, mask=inside, other=0.0)
             y0, x0 = tl.floor(y), tl.floor(x)
             f_y, f_x = y - y0, x - x0
-            from_y, from_x = _wrapped(y0.to(tl.int32), H), _wrapped(x0.to(tl.int32), W)
-            down = tl.zeros([TILE, BLOCK * BLOCK], tl.float32)
-            across = tl.zeros([TILE, BLOCK * BLOCK], tl.float32)
-            # 1 where a pixel is read, whatever its weight
-            on_row = tl.zeros([TILE, BLOCK * BLOCK], tl.float32)
-            on_column = tl.zeros([TILE, BLOCK * BLOCK], tl.float32)
-            for k in tl.static_range(ORDER + 1):
-                here = rows[:, None] == _mirrored(from_y + (START + k), H)[None, :]
-                down += tl.where(here, _tap(f_y, START + k, ORDER)[None, :], 0.0)
-                on_row = tl.where(here, 1.0, on_row)
-                here = columns[:, None] == _mirrored(from_x + (START + k), W)[None, :]
-                across += tl.where(here, _tap(f_x, START + k, ORDER)[None, :], 0.0)
-                on_column = tl.where(here, 1.0, on_column)
-            # NaN or infinite: not 0
+            # NaN and infinities are not 0
             odd = (d - d) + (f_y - f_y) + (f_x - f_x)
-            if tl.max((odd != 0.0).to(tl.int32), axis=0) > 0:
-                # in a product of matrices they would reach the whole tile: pixel by pixel, where they were read from
+            if tl.max((odd != 0.0).to(tl.int32), axis=0) == 0:
+                from_y, from_x = _wrapped(y0.to(tl.int32), H), _wrapped(x0.to(tl.int32), W)
+                down = tl.zeros([TILE, BLOCK * BLOCK], tl.float32)
+                across = tl.zeros([TILE, BLOCK * BLOCK], tl.float32)
+                for k in tl.static_range(ORDER + 1):
+                    here = rows[:, None] == _mirrored(from_y + (START + k), H)[None, :]
+                    down += tl.where(here, _tap(f_y, START + k, ORDER)[None, :], 0.0)
+                    here = columns[:, None] == _mirrored(from_x + (START + k), W)[None, :]
+                    across += tl.where(here, (d * _tap(f_x, START + k, ORDER))[None, :], 0.0)
+                acc += tl.dot(down, tl.trans(across), input_precision="ieee")
+            else:
+                # in a product of matrices they would reach the whole tile: pixel by pixel, where each was read from
                 one = 0
                 while one < BLOCK * BLOCK:
-                    this = lane == one
-                    of_row = tl.sum(tl.where(this[None, :], down, 0.0), axis=1)
-                    of_column = tl.sum(tl.where(this[None, :], across, 0.0), axis=1)
-                    value = tl.sum(tl.where(this, d, 0.0), axis=0)
-                    read = tl.sum(tl.where(this[None, :], on_row, 0.0), axis=1)[:, None]
-                    read = read * tl.sum(tl.where(this[None, :], on_column, 0.0), axis=1)[None, :]
-                    part = (of_row[:, None] * of_column[None, :]) * value
-                    acc += tl.where((read > 0.0) & (tl.sum(tl.where(this & inside, 1, 0), axis=0) > 0), part, 0.0)
+                    a_row = (block // tl.cdiv(w, BLOCK)) * BLOCK + one // BLOCK
+                    a_column = (block % tl.cdiv(w, BLOCK)) * BLOCK + one % BLOCK
+                    if (a_row < h) & (a_column < w):
+                        at = a_row * w + a_column
+                        value = tl.load(dvalue_ptr + plane * h * w + at).to(tl.float32)
+                        a_y = tl.load(positions_ptr + n * 2 * h * w + at)
+                        a_x = tl.load(positions_ptr + (n * 2 + 1) * h * w + at)
+                        for i in tl.static_range(ORDER + 1):
+                            on_row = rows == _mirrored(_wrapped(tl.floor(a_y).to(tl.int32), H) + (START + i), H)
+                            of_row = _tap(a_y - tl.floor(a_y), START + i, ORDER)
+                            for j in tl.static_range(ORDER + 1):
+                                on_column = columns == _mirrored(
+                                    _wrapped(tl.floor(a_x).to(tl.int32), W) + (START + j), W
+                                )
+                                of_column = _tap(a_x - tl.floor(a_x), START + j, ORDER)
+                                there = on_row[:, None] & on_column[None, :]
+                                acc += tl.where(there, value * (of_row * of_column), 0.0)
                     one += 1
-            else:
-                acc += tl.dot(down, tl.trans(across * d[None, :]), input_precision="ieee")
         block += 1
     out = dimage_ptr + plane * H * W + rows.to(tl.int64)[:, None] * W + columns[None, :]
     tl.store(out, acc.to(dimage_ptr.dtype.element_ty), mask=(rows < H)[:, None] & (columns < W)[None, :])
@@ -421,46 +424,45 @@ def launch_elastic_warp_bwd(
     order: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of image, displacement and matrix, those that are needed; the others are empty."""
+    """The gradient of image, that of u at every output pixel [N, 2, h, w], and parts [N, parts, 6] of the matrix's.
+
+    Of these what is needed for the gradients of image, displacement and matrix; the others are empty.
+    """
     N, C, H, W = image.shape
     h, w = out_size
-    dimage, ddisplacement, dmatrix = _made_gradients(image, displacement, matrix, needs)
-    dout, grid, affine, table = dout.contiguous(), _read(displacement), _read(matrix), _read(lut)
-    geometry = _sizes(image, displacement, out_size)
     BLOCK_P = 256
-    programs = -(-h * w // BLOCK_P)
+    programs, blocks = -(-h * w // BLOCK_P), -(-h // BLOCK) * -(-w // BLOCK)
+    for_image, for_displacement, for_matrix = needs
+    dimage = torch.empty(image.shape if for_image else 0, dtype=image.dtype, device=image.device)
 
-    def room(*shape: int, needed: bool = True) -> Tensor | None:
-        return torch.empty(shape, dtype=torch.float32, device=image.device) if needed else None
+    def room(*shape: int, needed: bool) -> Tensor:
+        return torch.empty(shape if needed else 0, dtype=torch.float32, device=image.device)
 
-    du = room(N, 2, h, w, needed=needs[1])
-    sums = room(N, programs, 6, needed=needs[2])
-    # of a value before the table
-    dvalue = room(N, C, h, w, needed=needs[0] and lut is not None)
+    du, sums = room(N, 2, h, w, needed=for_displacement), room(N, programs, 6, needed=for_matrix)
+    # the gradient of what was read, before the table
+    dvalue = room(N, C, h, w, needed=True) if for_image and lut is not None else None
+    dout, grid, affine, table = dout.contiguous(), _read(displacement), _read(matrix), _read(lut)
+    sizes = _sizes(image, displacement, out_size)
     with _triton.on_device(image):
-        if N and (needs[1] or needs[2] or dvalue is not None):
+        if N and (for_displacement or for_matrix or dvalue is not None):
             _bwd_position_kernel[(programs, N)](
-                dout, image, grid, affine, table, du, sums, dvalue,
-                C, H, W, *geometry, *_table_of(lut, image.dtype), *image.stride(), _row_of(lut),
+                dout, image, grid, affine, table,
+                du if for_displacement else None, sums if for_matrix else None, dvalue,
+                C, H, W, *sizes, *_table_of(lut, image.dtype), *image.stride(), _row_of(lut),
                 ORDER=order, BLOCK_P=BLOCK_P, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
-        if needs[0] and dimage.numel():
-            blocks = -(-h // BLOCK) * -(-w // BLOCK)
+        if dimage.numel():
             reach = torch.empty((N, blocks, 4), dtype=torch.int32, device=image.device)
+            positions = room(N, 2, h, w, needed=True)
             _reach_kernel[(blocks, N)](
-                grid, affine, reach, H, W, *geometry,
+                grid, affine, positions, reach, H, W, *sizes,
                 ORDER=order, BLOCK=BLOCK, num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
             _bwd_image_kernel[(-(-H // TILE) * -(-W // TILE), N * C)](
-                dout if dvalue is None else dvalue, grid, affine, reach, dimage, C, H, W, *geometry, blocks,
-                ORDER=order, BLOCK=BLOCK, TILE=TILE, num_warps=4, enable_fp_fusion=False,
+                dout if dvalue is None else dvalue, positions, reach, dimage, C, H, W, h, w, blocks,
+                ORDER=order, BLOCK=BLOCK, TILE=TILE, num_warps=8,
             )  # fmt: skip
-    if du is not None:
-        ddisplacement.copy_(reference.grid_gradient(du, displacement, H, W))
-    if sums is not None:
-        # partial sums, added in one order
-        dmatrix.copy_(sums.sum(1, dtype=torch.float64).view(N, 2, 3))
-    return dimage, ddisplacement, dmatrix
+    return dimage, du, sums
 
 
 def _made(image: Tensor, labels: Tensor | None, out_size: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -470,18 +472,6 @@ def _made(image: Tensor, labels: Tensor | None, out_size: Sequence[int]) -> tupl
     if labels is None:
         return out, torch.empty(0, device=image.device)
     return out, torch.empty((n, *out_size), dtype=labels.dtype, device=image.device)
-
-
-def _made_gradients(
-    image: Tensor, displacement: Tensor, matrix: Tensor | None, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Likewise: one that nobody needs is empty."""
-    dimage, ddisplacement, dmatrix = (
-        torch.empty(t.shape if t is not None and needed else (0,), dtype=(image if t is None else t).dtype,
-                    device=image.device)
-        for t, needed in zip((image, displacement, matrix), needs, strict=True)
-    )  # fmt: skip
-    return dimage, ddisplacement, dmatrix
 
 
 def _read(small: Tensor | None) -> Tensor | None:
@@ -571,23 +561,17 @@ def launch_elastic_warp_bwd_cpu(
     order: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The C++ kernel, as `launch_elastic_warp_bwd`."""
-    (N, _, H, W), (h, w) = image.shape, out_size
-    dimage, ddisplacement, dmatrix = _made_gradients(image, displacement, matrix, needs)
-    wide = _as_read_on_cpu(image)
-    of_image = dimage if dimage.dtype == wide.dtype else torch.empty(dimage.shape, dtype=wide.dtype)
+    """The C++ kernel, as `launch_elastic_warp_bwd`; one float64 part."""
+    wide, (h, w), n = _as_read_on_cpu(image), out_size, len(image)
+    dimage = torch.empty(image.shape if needs[0] else 0, dtype=wide.dtype)
+    du = torch.empty((n, 2, h, w) if needs[1] else 0, dtype=torch.float32)
+    sums = torch.empty((n, 1, 6) if needs[2] else 0, dtype=torch.float64)
     dout = dout.float().contiguous()
-    du = torch.empty((N, 2, h, w) if needs[1] else 0, dtype=torch.float32)
-    of_matrix = torch.empty((N, 2, 3) if needs[2] else 0, dtype=torch.float64)
     warp, _keep = _native_warp(wide, displacement, None, matrix, lut, out_size, order)
-    wanted = (t.data_ptr() if needed else None for t, needed in zip((of_image, du, of_matrix), needs, strict=True))
+    wanted = (t.data_ptr() if needed else None for t, needed in zip((dimage, du, sums), needs, strict=True))
     status = _native.native().unet_elastic_warp_backward_cpu(ctypes.byref(warp), dout.data_ptr(), *wanted)
     _expect_memory(status)
-    if of_image is not dimage:
-        dimage.copy_(of_image)
-    if needs[1]:
-        ddisplacement.copy_(reference.grid_gradient(du, displacement, H, W))
-    return dimage, ddisplacement, dmatrix.copy_(of_matrix)
+    return dimage.to(image.dtype), du, sums
 
 
 def _as_read_on_cpu(image: Tensor) -> Tensor:
@@ -685,18 +669,47 @@ def _backward_op(
     order: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (dout, image, displacement, matrix, lut, out_size, order, needs)
-    refusal = cpu_why_not(image, displacement)
-    return _gradients_by_torch(*arguments) if refusal else launch_elastic_warp_bwd_cpu(*arguments)
+    launch = None if cpu_why_not(image, displacement) else launch_elastic_warp_bwd_cpu
+    return _gradients(launch, dout, image, displacement, matrix, lut, out_size, order, needs)
 
 
-def _gradients_by_torch(
-    dout: Tensor, image: Tensor, displacement: Tensor, matrix: Tensor | None, *rest: Any
+def _gradients(
+    launch: Callable[..., tuple[Tensor, Tensor, Tensor]] | None,
+    dout: Tensor,
+    image: Tensor,
+    displacement: Tensor,
+    matrix: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of image, displacement and matrix, those that are needed, by a launcher or by the reference."""
     made = _made_gradients(image, displacement, matrix, rest[-1])
-    found = reference.elastic_warp_gradients(dout, image, displacement, matrix, *rest)
-    dimage, ddisplacement, dmatrix = (m if f is None else m.copy_(f) for m, f in zip(made, found, strict=True))
-    return dimage, ddisplacement, dmatrix
+    if launch is None:
+        found = reference.elastic_warp_gradients(dout, image, displacement, matrix, *rest)
+    else:
+        dimage, du, sums = launch(dout, image, displacement, matrix, *rest)
+        # parts are added in one order, and in float64
+        found = [
+            dimage,
+            reference.grid_gradient(du, displacement, *image.shape[2:]) if du.dim() == 4 else None,
+            sums.sum(1, dtype=torch.float64).view(-1, 2, 3) if sums.dim() == 3 else None,
+        ]
+    of_image, of_grid, of_matrix = (
+        m.copy_(f) if f is not None and m.numel() else m for m, f in zip(made, found, strict=True)
+    )
+    return of_image, of_grid, of_matrix
+
+
+def _made_gradients(
+    image: Tensor, displacement: Tensor, matrix: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients: an op returns tensors, and one that nobody needs is empty."""
+    return (
+        torch.empty(image.shape if needs[0] else 0, dtype=image.dtype, device=image.device),
+        torch.empty(displacement.shape if needs[1] else 0, dtype=displacement.dtype, device=image.device),
+        torch.empty(0, device=image.device)
+        if matrix is None or not needs[2]
+        else torch.empty(matrix.shape, dtype=matrix.dtype, device=image.device),
+    )
 
 
 @_backward_op.register_kernel("cuda")
@@ -711,9 +724,8 @@ def _backward_cuda(
     order: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    arguments = (dout, image, displacement, matrix, lut, out_size, order, needs)
-    refusal = why_not(image, displacement, None, out_size)
-    return _gradients_by_torch(*arguments) if refusal else launch_elastic_warp_bwd(*arguments)
+    launch = None if why_not(image, displacement, None, out_size) else launch_elastic_warp_bwd
+    return _gradients(launch, dout, image, displacement, matrix, lut, out_size, order, needs)
 
 
 @_backward_op.register_fake
@@ -733,14 +745,14 @@ def _second(ctx: Any, *second: Tensor) -> tuple[Tensor | None, ...]:
     """Of the derivative's own formula, by ATen: rarely wanted, and then right rather than fast."""
     *saved, lut = ctx.saved_tensors
     with torch.enable_grad():
-        leaves = [None if t is None else t.detach().requires_grad_() for t in saved]
-        found = reference.elastic_warp_gradients(*leaves, lut, ctx.out_size, ctx.order, ctx.needs)
-        wanted = [i for i, f in enumerate(found) if f is not None]
-        by = [leaf for leaf in leaves if leaf is not None]
-        gradients = iter(
-            torch.autograd.grad([found[i] for i in wanted], by, [second[i] for i in wanted], allow_unused=True)
-        )
-        return *(None if leaf is None else next(gradients) for leaf in leaves), None, None, None, None
+        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
+        arguments = (*leaves, lut, ctx.out_size, ctx.order, ctx.needs)
+        found = reference.elastic_warp_gradients(*arguments)
+        made, by = zip(*((f, d) for f, d in zip(found, second, strict=True) if f is not None), strict=True)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        gradients = list(torch.autograd.grad(made, wanted, by, allow_unused=True))
+        # of a matrix only where there is one; none of a table
+        return *gradients, *(None,) * (8 - len(gradients))
 
 
 _backward_op.register_autograd(_second, setup_context=_setup_backward)
@@ -824,8 +836,12 @@ def elastic_warp(
         _checks.expect_device("matrix", matrix, "image", image)
     if lut is not None:
         _expect_lut(lut, image)
-    out, warped = _op(image, displacement, labels, matrix, lut, size, order)
-    return out if labels is None else (out, warped)
+    arguments = (image, displacement, labels, matrix, lut, size, order)
+    out, warped = reference.elastic_warp(*arguments) if _checks.transformed() else _op(*arguments)
+    if labels is None:
+        return out
+    assert warped is not None
+    return out, warped
 
 
 def warp_jacobian(

@@ -10,7 +10,7 @@ import torch
 import unet_kernels as uk
 from unet_kernels import _native, _triton
 
-NATIVE = ("two_nearest_cells", "border_weight", "connected_components")
+NATIVE = ("two_nearest_cells", "border_weight", "elastic_warp", "connected_components")
 NATIVE_CUDA = ("connected_components",)
 
 
