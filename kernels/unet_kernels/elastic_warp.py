@@ -167,15 +167,16 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
     row, column = p // w + top, p % w + left
     y, x, _q_y, _q_x = _position(grid_ptr, matrix_ptr, n, row, column, H, W, GH, GW, scale_y, scale_x, inside)
 
-    if labels_ptr is not None:
-        nearest_y = _mirrored(_wrapped(tl.floor(y + 0.5).to(tl.int32), H), H).to(tl.int64)
-        nearest_x = _mirrored(_wrapped(tl.floor(x + 0.5).to(tl.int32), W), W).to(tl.int64)
-        nearest = labels_ptr + n * stride_ln + nearest_y * stride_lh + nearest_x * stride_lw
-        tl.store(warped_ptr + n * h * w + p, tl.load(nearest, mask=inside, other=0), mask=inside)
-
     y0, x0 = tl.floor(y), tl.floor(x)
     f_y, f_x = y - y0, x - x0
     from_y, from_x = _wrapped(y0.to(tl.int32), H), _wrapped(x0.to(tl.int32), W)
+
+    if labels_ptr is not None:
+        nearest_y = _mirrored(from_y + (f_y >= 0.5).to(tl.int32), H).to(tl.int64)
+        nearest_x = _mirrored(from_x + (f_x >= 0.5).to(tl.int32), W).to(tl.int64)
+        nearest = labels_ptr + n * stride_ln + nearest_y * stride_lh + nearest_x * stride_lw
+        tl.store(warped_ptr + n * h * w + p, tl.load(nearest, mask=inside, other=0), mask=inside)
+
     START: tl.constexpr = 0 if ORDER == 1 else -1
     plane = image_ptr + n * stride_in
     out = out_ptr + n * C * h * w + p

@@ -422,17 +422,16 @@ template <class Pixel> UNET_INLINE void round(const float *line, int columns, fl
   }
 }
 
-template <class Label> UNET_INLINE void take_nearest(const Job &job, Scratch &s) {
+template <int Order, class Label> UNET_INLINE void take_nearest(const Job &job, Scratch &s) {
   const Label *plane = static_cast<const Label *>(job.warp.labels) + s.n * job.warp.label_stride[0];
   // as wide as the widest label: aligned for each
   s.labels.resize(static_cast<size_t>(s.height * s.width));
   Label *window = reinterpret_cast<Label *>(s.labels.data());
   unfold(job, s, plane, job.warp.label_stride + 1, window);
   const int pixels = s.part.pixels(), columns = s.part.columns;
-  const int32_t top = static_cast<int32_t>(s.top), left = static_cast<int32_t>(s.left),
-                width = static_cast<int32_t>(s.width);
+  const int32_t width = static_cast<int32_t>(s.width), here = -Taps<Order>::kFirst * (width + 1);
   for (int p = 0; p < pixels; ++p)
-    s.at[p] = (floor_of(s.y[p] + 0.5f) - top) * width + floor_of(s.x[p] + 0.5f) - left;
+    s.at[p] += here + (s.fy[p] >= 0.5f ? width : 0) + (s.fx[p] >= 0.5f ? 1 : 0); // from the first pixel to the nearest
   Label *to = static_cast<Label *>(job.warped) + s.n * job.out_pixels() + s.part.row * job.warp.out_width +
               s.part.column;
   for (int row = 0; row < s.part.rows; ++row, to += job.warp.out_width) {
@@ -468,10 +467,10 @@ struct Forward {
       }
       if (!warp.labels) continue;
       switch (warp.label_bytes) {
-        case 1: take_nearest<uint8_t>(job, s); break;
-        case 2: take_nearest<uint16_t>(job, s); break;
-        case 4: take_nearest<uint32_t>(job, s); break;
-        default: take_nearest<uint64_t>(job, s);
+        case 1: take_nearest<Order, uint8_t>(job, s); break;
+        case 2: take_nearest<Order, uint16_t>(job, s); break;
+        case 4: take_nearest<Order, uint32_t>(job, s); break;
+        default: take_nearest<Order, uint64_t>(job, s);
       }
     }
   }

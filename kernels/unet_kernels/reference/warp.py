@@ -38,7 +38,7 @@ def elastic_warp(
         out = out.round().clamp(limits.min, limits.max).to(image.dtype)
     if labels is None:
         return out, None
-    row, column = _mirror((y + 0.5).floor(), height), _mirror((x + 0.5).floor(), width)
+    row, column = (_mirror(t.floor() + (t - t.floor() >= 0.5), size) for t, size in ((y, height), (x, width)))
     return out, _gather(labels.long().unsqueeze(1), row * width + column).squeeze(1).to(labels.dtype)
 
 
