@@ -296,6 +296,47 @@ def test_nan_in_the_image_stays_near() -> None:
     assert bad.sum() == 4
 
 
+@given(seed=st.integers(0, 2**32 - 1), grid=st.tuples(st.integers(2, 4), st.integers(2, 4)))
+def test_the_jacobian_is_the_derivative_of_where_pixels_read(seed: int, grid: tuple[int, int]) -> None:
+    displacement = torch.randn(2, 2, *grid, generator=torch.Generator().manual_seed(seed), device="cpu") * 100
+    height, width = 401, 301
+    image = torch.empty(2, 1, height, width, dtype=torch.float64, device="cpu")
+    at = torch.stack(reference.displaced(image, displacement, None), 1)
+    found = uk.warp_jacobian(displacement, (height, width))
+    for axis in (0, 1):
+        # between two pixels on either side; u is smooth, but has a bend where it passes a point of the grid
+        steps = (at.roll(-1, 2 + axis) - at.roll(1, 2 + axis)) / 2
+        middle = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+        assert (found[:, :, axis] - steps)[middle].abs().max() < 0.05
+
+
+def test_beyond_the_image_nothing_is_stretched_and_a_window_is_the_middle_of_the_whole() -> None:
+    displacement = torch.randn(1, 2, 3, 4, dtype=torch.float64)
+    whole = uk.warp_jacobian(displacement, (20, 15), out_size=(24, 21))
+    torch.testing.assert_close(whole[:, :, :, 2:22, 3:18], uk.warp_jacobian(displacement, (20, 15)))
+    outside = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    assert torch.equal(whole[0, :, 0, 0], outside[:, None].expand(2, 21))
+    assert torch.equal(whole[0, :, 1, :, 0], outside.flip(0)[:, None].expand(2, 24))
+    # an image of one row has no slope
+    assert torch.equal(uk.warp_jacobian(displacement, (1, 1))[0, :, :, 0, 0], torch.eye(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("displacement", "size", "error", "sentence"),
+    [
+        (torch.zeros(1, 2, 1, 3), 5, ValueError, "displacement must be a grid of at least 2x2, got 1x3"),
+        (torch.zeros(1, 3, 2, 2), 5, ValueError, r"displacement must have shape \[any, 2, any, any\]"),
+        (torch.zeros(1, 2, 2, 2).int(), 5, TypeError, "displacement must be floating"),
+        (torch.zeros(1, 2, 2, 2), (0, 5), ValueError, r"size must be rows and columns of at least 1, got \(0, 5\)"),
+    ],
+)
+def test_what_has_no_jacobian_is_refused(
+    displacement: Tensor, size: Any, error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        uk.warp_jacobian(displacement, size)
+
+
 _IMAGE, _GRID = torch.zeros(1, 1, 5, 5), torch.zeros(1, 2, 3, 3)
 
 
