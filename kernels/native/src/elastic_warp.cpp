@@ -32,7 +32,7 @@
 namespace {
 
 // Of a block of the output, and of what it may read at once: as much as stays in a core's caches.
-constexpr int kRows = 32, kColumns = 64, kPixels = kRows * kColumns;
+constexpr int kRows = 32, kColumns = 128, kPixels = kRows * kColumns;
 constexpr int64_t kWindow = int64_t{1} << 16;
 // no image is so large; positions beyond lie here
 constexpr float kFar = 1073741824.0f;
