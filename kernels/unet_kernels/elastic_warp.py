@@ -49,19 +49,17 @@ _ROUND = tl.constexpr(12582912.0)
 @jit
 def _tap(f, OFFSET: tl.constexpr, ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
     """Weight of the pixel OFFSET away, for a position f in [0, 1) behind pixel 0: linear, or Keys' cubic, a = -0.75."""
+    g = 1.0 - f
     if ORDER == 1:
-        weight = f if OFFSET == 1 else 1.0 - f
+        weight = f if OFFSET == 1 else g
     elif OFFSET == -1:
-        t = 1.0 + f
-        weight = ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0
+        weight = -0.75 * (f * g) * g
     elif OFFSET == 0:
         weight = (1.25 * f - 2.25) * f * f + 1.0
     elif OFFSET == 1:
-        t = 1.0 - f
-        weight = (1.25 * t - 2.25) * t * t + 1.0
+        weight = (1.25 * g - 2.25) * g * g + 1.0
     else:
-        t = 2.0 - f
-        weight = ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0
+        weight = -0.75 * (f * g) * f
     return weight
 
 

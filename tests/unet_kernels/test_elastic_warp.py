@@ -398,7 +398,8 @@ def _operands(case: str, *, affine: bool, table: bool, device: torch.device, see
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
+        # the generator is the CPU's, wherever tests make their tensors
+        return torch.rand(*shape, generator=generator, device="cpu")
 
     image, displacement = drawn(n, c, h, w), 4 * (drawn(n, 2, *grid) - 0.5)
     labels = (drawn(n, h, w) * 7).int() - 1

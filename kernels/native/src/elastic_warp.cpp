@@ -95,24 +95,20 @@ template <> struct Taps<1> {
   static UNET_INLINE Lanes<2> weights(float f) { return Lanes<2>{{1.0f - f, f}}; }
   static UNET_INLINE Lanes<2> slopes(float) { return Lanes<2>{{-1.0f, 1.0f}}; }
 };
-// Keys' polynomials (a = -0.75) of the distance, inner and outer, as one with other coefficients.
-constexpr float kAt[4] = {1, 0, 1, 2}, kAway[4] = {1, 1, -1, -1}, kCubic[4] = {-0.75f, 1.25f, 1.25f, -0.75f},
-                kSquare[4] = {3.75f, -2.25f, -2.25f, 3.75f}, kLinear[4] = {-6, 0, 0, -6}, kConstant[4] = {3, 1, 1, 3};
+// Keys' cubic, a = -0.75.
 template <> struct Taps<3> {
   static constexpr int kFirst = -1, kCount = 4;
-  using Four = Lanes<4>;
   static UNET_INLINE float weight(int tap, float f) {
-    const float t = kAt[tap] + kAway[tap] * f;
-    return ((kCubic[tap] * t + kSquare[tap]) * t + kLinear[tap]) * t + kConstant[tap];
+    const float g = 1.0f - f, t = tap == 1 ? f : g;
+    if (tap == 0 || tap == 3) return -0.75f * (f * g) * (tap ? f : g);
+    return (1.25f * t - 2.25f) * t * t + 1.0f;
   }
-  static UNET_INLINE Four distances(float f) { return Four::load(kAt) + Four::load(kAway) * f; }
-  static UNET_INLINE Four weights(float f) {
-    const Four t = distances(f);
-    return ((Four::load(kCubic) * t + Four::load(kSquare)) * t + Four::load(kLinear)) * t + Four::load(kConstant);
+  static UNET_INLINE Lanes<4> weights(float f) {
+    return Lanes<4>{{weight(0, f), weight(1, f), weight(2, f), weight(3, f)}};
   }
-  static UNET_INLINE Four slopes(float f) {
-    const Four t = distances(f);
-    return ((Four::load(kCubic) * 3.0f * t + Four::load(kSquare) * 2.0f) * t + Four::load(kLinear)) * Four::load(kAway);
+  static UNET_INLINE Lanes<4> slopes(float f) {
+    const float g = 1.0f - f;
+    return Lanes<4>{{-0.75f * g * (g - 2.0f * f), (3.75f * f - 4.5f) * f, (4.5f - 3.75f * g) * g, -0.75f * f * (2.0f * g - f)}};
   }
 };
 
@@ -189,7 +185,7 @@ struct Scratch {
   std::vector<Part> todo;
   std::vector<float> grid[2];
   // of a row
-  float down[4][kColumns], taps[4 * kColumns], line[kColumns];
+  float weights[4][kColumns], sums[4 * kColumns], line[kColumns];
   // of a part
   float dy[kPixels], dx[kPixels];
 };
@@ -333,15 +329,16 @@ template <int Order> UNET_INLINE bool next(const Job &job, Scratch &s) {
 // The rectangle's pixels of a plane.
 template <class From, class To>
 UNET_INLINE void unfold(const Job &job, const Scratch &s, const From *plane, const int64_t *stride, To *to) {
-  const bool in_one_piece = stride[1] == 1 && s.left >= 0 && s.left + s.width <= job.warp.width;
+  // the columns that lie in the image as they lie in memory
+  const int64_t whole = stride[1] == 1 ? job.warp.width : 0;
+  const int64_t begin = std::min(std::max(-s.left, int64_t{0}), s.width);
+  const int64_t end = std::max(begin, std::min(whole - s.left, s.width));
   const int64_t *column = s.column.data();
   for (int64_t r = 0; r < s.height; ++r, to += s.width) {
     const From *from = plane + s.row[static_cast<size_t>(r)] * stride[0];
-    if (in_one_piece) {
-      for (int64_t c = 0; c < s.width; ++c) to[c] = static_cast<To>(from[s.left + c]);
-    } else {
-      for (int64_t c = 0; c < s.width; ++c) to[c] = static_cast<To>(from[column[c] * stride[1]]);
-    }
+    for (int64_t c = 0; c < begin; ++c) to[c] = static_cast<To>(from[column[c] * stride[1]]);
+    for (int64_t c = begin; c < end; ++c) to[c] = static_cast<To>(from[s.left + c]);
+    for (int64_t c = end; c < s.width; ++c) to[c] = static_cast<To>(from[column[c] * stride[1]]);
   }
 }
 
@@ -357,26 +354,26 @@ UNET_INLINE void unfold_channel(const Job &job, Scratch &s, int64_t channel) {
   }
 }
 
-// A row of the part, interpolated, into s.line.
+// A row of the part, interpolated, into s.line: down each of the columns that a pixel reads, then across.
 template <int Order> UNET_INLINE void sample(Scratch &s, int row) {
-  using T = Taps<Order>;
+  constexpr int kCount = Taps<Order>::kCount;
   const int columns = s.part.columns;
   const int64_t pitch = s.width;
   const float *window = s.window.data(), *fy = s.fy + row * columns, *fx = s.fx + row * columns;
   const int32_t *first = s.at + row * columns;
-  float *taps = s.taps;
-  for (int i = 0; i < T::kCount; ++i)
-    for (int c = 0; c < columns; ++c) s.down[i][c] = T::weight(i, fy[c]);
+  float *sums = s.sums;
+  for (int i = 0; i < kCount; ++i)
+    for (int c = 0; c < columns; ++c) s.weights[i][c] = Taps<Order>::weight(i, fy[c]);
   for (int c = 0; c < columns; ++c) {
     const float *at = window + first[c];
-    auto sum = Lanes<T::kCount>::load(at) * s.down[0][c];
-    for (int i = 1; i < T::kCount; ++i) sum = sum + Lanes<T::kCount>::load(at + i * pitch) * s.down[i][c];
-    (sum * T::weights(fx[c])).store(taps + c * T::kCount);
+    auto sum = Lanes<kCount>::load(at) * s.weights[0][c];
+    for (int i = 1; i < kCount; ++i) sum = sum + Lanes<kCount>::load(at + i * pitch) * s.weights[i][c];
+    sum.store(sums + c * kCount);
   }
-  // across, for many pixels at a time
+  // for many pixels at a time
   for (int c = 0; c < columns; ++c) {
-    float sum = taps[c * T::kCount];
-    for (int j = 1; j < T::kCount; ++j) sum = sum + taps[c * T::kCount + j];
+    float sum = sums[c * kCount] * Taps<Order>::weight(0, fx[c]);
+    for (int j = 1; j < kCount; ++j) sum = sum + sums[c * kCount + j] * Taps<Order>::weight(j, fx[c]);
     s.line[c] = sum;
   }
 }

@@ -121,10 +121,10 @@ def _taps(f: Tensor, order: int, a: float = -0.75) -> list[tuple[int, Tensor]]:
     def inner(t: Tensor) -> Tensor:
         return ((a + 2) * t - (a + 3)) * t * t + 1
 
-    def outer(t: Tensor) -> Tensor:
-        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-
-    return [(-1, outer(1 + f)), (0, inner(f)), (1, inner(1 - f)), (2, outer(2 - f))]
+    # Keys' outer polynomial, a (t^3 - 5 t^2 + 8 t - 4) at t = 1 + f, in factors: a f (1 - f)^2
+    g = 1 - f
+    outer = a * (f * g)
+    return [(-1, outer * g), (0, inner(f)), (1, inner(g)), (2, outer * f)]
 
 
 def _slopes(f: Tensor, order: int, a: float = -0.75) -> list[tuple[int, Tensor]]:
