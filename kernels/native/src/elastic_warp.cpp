@@ -14,6 +14,8 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <tuple>
+#include <type_traits>
 #include <vector>
 
 #if defined(__GNUC__) && defined(__x86_64__)
@@ -72,12 +74,6 @@ template <int N> struct Lanes {
     return b;
   }
 #endif
-  UNET_INLINE float operator[](int i) const { return of[i]; }
-  UNET_INLINE float sum() const {
-    float total = of[0];
-    for (int i = 1; i < N; ++i) total = total + of[i];
-    return total;
-  }
   static UNET_INLINE Lanes load(const float *from) {
     Lanes lanes;
     std::memcpy(&lanes.of, from, sizeof(lanes.of));
@@ -86,29 +82,27 @@ template <int N> struct Lanes {
   UNET_INLINE void store(float *to) const { std::memcpy(to, &of, sizeof(of)); }
 };
 
-// Of a position f in [0, 1) behind pixel 0: the weights of the pixels that it reads, the first of which is kFirst, and
-// their derivatives by f.
+// Of a position f in [0, 1) behind pixel 0: the weight of each pixel that it reads, the first of which is kFirst, and its
+// derivative by f.
+enum class Of { weight, slope };
 template <int Order> struct Taps;
 template <> struct Taps<1> {
   static constexpr int kFirst = 0, kCount = 2;
-  static UNET_INLINE float weight(int tap, float f) { return tap ? f : 1.0f - f; }
-  static UNET_INLINE Lanes<2> weights(float f) { return Lanes<2>{{1.0f - f, f}}; }
-  static UNET_INLINE Lanes<2> slopes(float) { return Lanes<2>{{-1.0f, 1.0f}}; }
+  template <Of what> static UNET_INLINE float at(int tap, float f) {
+    if (what == Of::slope) return tap ? 1.0f : -1.0f;
+    return tap ? f : 1.0f - f;
+  }
 };
 // Keys' cubic, a = -0.75.
 template <> struct Taps<3> {
   static constexpr int kFirst = -1, kCount = 4;
-  static UNET_INLINE float weight(int tap, float f) {
-    const float g = 1.0f - f, t = tap == 1 ? f : g;
-    if (tap == 0 || tap == 3) return -0.75f * (f * g) * (tap ? f : g);
-    return (1.25f * t - 2.25f) * t * t + 1.0f;
-  }
-  static UNET_INLINE Lanes<4> weights(float f) {
-    return Lanes<4>{{weight(0, f), weight(1, f), weight(2, f), weight(3, f)}};
-  }
-  static UNET_INLINE Lanes<4> slopes(float f) {
-    const float g = 1.0f - f;
-    return Lanes<4>{{-0.75f * g * (g - 2.0f * f), (3.75f * f - 4.5f) * f, (4.5f - 3.75f * g) * g, -0.75f * f * (2.0f * g - f)}};
+  template <Of what> static UNET_INLINE float at(int tap, float f) {
+    // from the pixel's side: t is how near the position is to the pixel beyond
+    const float g = 1.0f - f, t = tap < 2 ? f : g, rest = tap < 2 ? g : f;
+    const bool outer = tap == 0 || tap == 3;
+    if (what == Of::weight) return outer ? -0.75f * (f * g) * rest : (1.25f * t - 2.25f) * t * t + 1.0f;
+    const float slope = outer ? -0.75f * rest * (rest - 2.0f * t) : (3.75f * t - 4.5f) * t;
+    return tap < 2 ? slope : -slope;
   }
 };
 
@@ -131,7 +125,7 @@ struct Axis {
       const int64_t inside = std::min(std::max(p + first, int64_t{0}), pixels - 1);
       const float at = static_cast<float>(inside) * scale, before = std::floor(at);
       low[static_cast<size_t>(p)] = static_cast<int32_t>(before);
-      for (int i = 0; i < 4; ++i) weight[i][static_cast<size_t>(p)] = Taps<3>::weight(i, at - before);
+      for (int i = 0; i < 4; ++i) weight[i][static_cast<size_t>(p)] = Taps<3>::at<Of::weight>(i, at - before);
     }
     for (size_t p = low.size(); p-- > 0;)
       run[p] = p + 1 < low.size() && low[p + 1] == low[p] ? run[p + 1] : static_cast<int32_t>(p + 1);
@@ -175,17 +169,19 @@ struct Scratch {
   int64_t n = 0; // the image
   Part part{};   // of it, with the places that its pixels read:
   float y[kPixels], x[kPixels], fy[kPixels], fx[kPixels];
-  int32_t low_y[kPixels], low_x[kPixels], at[kPixels]; // at: in the rectangle
+  int32_t low_y[kPixels], low_x[kPixels], at[kPixels]; // at: in the rectangle, see aim()
   float from_y[kPixels], from_x[kPixels]; // before the affine map, from the centre
-  // the rectangle that they read: its rows and columns, where in the image each of them lies, and its pixels
+  // the rectangle that they read: its rows and columns, where in the image each of them lies, room for its pixels
   int64_t top = 0, left = 0, height = 0, width = 0;
   std::vector<int64_t> row, column;
-  std::vector<float> window, gradient;
-  std::vector<uint64_t> labels;
+  std::tuple<std::vector<float>, std::vector<uint8_t>, std::vector<uint16_t>, std::vector<uint32_t>,
+             std::vector<uint64_t>>
+      rooms;
+  std::vector<float> gradient;
   std::vector<Part> todo;
   std::vector<float> grid[2];
   // of a row
-  float weights[4][kColumns], sums[4 * kColumns], line[kColumns];
+  float taps[4][kColumns], sums[4 * kColumns], line[kColumns], by_y[kColumns], by_x[kColumns];
   // of a part
   float dy[kPixels], dx[kPixels];
 };
@@ -225,7 +221,9 @@ UNET_INLINE void read_row(const Job &job, Scratch &s, int row) {
   for (int c = 0; c < part.columns;) {
     // pixels between the same grid points
     const int end = std::min(part.columns, columns.run[begin + static_cast<size_t>(c)] - part.column);
-    const Lanes<4> u_y = Lanes<4>::load(s.grid[0].data() + low[c]), u_x = Lanes<4>::load(s.grid[1].data() + low[c]);
+    float u_y[4], u_x[4];
+    std::copy_n(s.grid[0].data() + low[c], 4, u_y);
+    std::copy_n(s.grid[1].data() + low[c], 4, u_x);
     for (; c < end; ++c) {
       y[c] = at_y + (((w0[c] * u_y[0] + w1[c] * u_y[1]) + w2[c] * u_y[2]) + w3[c] * u_y[3]);
       x[c] = static_cast<float>(at_x + c) + (((w0[c] * u_x[0] + w1[c] * u_x[1]) + w2[c] * u_x[2]) + w3[c] * u_x[3]);
@@ -317,65 +315,97 @@ template <int Order> UNET_INLINE bool next(const Job &job, Scratch &s) {
     }
     lay(s.row, s.top, s.height, job.warp.height);
     lay(s.column, s.left, s.width, job.warp.width);
-    const int32_t width = static_cast<int32_t>(s.width);
-    for (int p = 0; p < s.part.pixels(); ++p) s.at[p] = (s.low_y[p] - rows.low) * width + (s.low_x[p] - columns.low);
     return true;
   }
   return false;
 }
 
+// Of each pixel of the part, the place of the first pixel that it reads, in a rectangle with rows so far apart.
+template <int Order> UNET_INLINE void aim(Scratch &s, int64_t pitch) {
+  const int32_t top = static_cast<int32_t>(s.top - Taps<Order>::kFirst), apart = static_cast<int32_t>(pitch),
+                left = static_cast<int32_t>(s.left - Taps<Order>::kFirst);
+  for (int p = 0; p < s.part.pixels(); ++p) s.at[p] = (s.low_y[p] - top) * apart + (s.low_x[p] - left);
+}
+
 // ---- from the image to the output
 
-// The rectangle's pixels of a plane.
-template <class From, class To>
-UNET_INLINE void unfold(const Job &job, const Scratch &s, const From *plane, const int64_t *stride, To *to) {
+// The rectangle's pixels of a plane, and how far its rows are apart.
+template <class Pixel> struct View {
+  const Pixel *first;
+  int64_t pitch;
+};
+
+// Where they lie, if they are such numbers side by side; else as such numbers, and unfolded.
+template <class To, class From>
+UNET_INLINE View<To> look(const Job &job, Scratch &s, const From *plane, const int64_t *stride) {
+  const unet_warp &warp = job.warp;
+  if constexpr (std::is_same_v<From, To>) {
+    const bool inside = s.left >= 0 && s.left + s.width <= warp.width && s.top >= 0 && s.top + s.height <= warp.height;
+    // places in it are 32 bits wide
+    if (inside && stride[1] == 1 && stride[0] * s.height <= std::numeric_limits<int32_t>::max())
+      return {plane + s.top * stride[0] + s.left, stride[0]};
+  }
+  std::vector<To> &room = std::get<std::vector<To>>(s.rooms);
+  room.resize(static_cast<size_t>(s.height * s.width));
   // the columns that lie in the image as they lie in memory
-  const int64_t whole = stride[1] == 1 ? job.warp.width : 0;
+  const int64_t whole = stride[1] == 1 ? warp.width : 0;
   const int64_t begin = std::min(std::max(-s.left, int64_t{0}), s.width);
   const int64_t end = std::max(begin, std::min(whole - s.left, s.width));
   const int64_t *column = s.column.data();
+  To *to = room.data();
   for (int64_t r = 0; r < s.height; ++r, to += s.width) {
     const From *from = plane + s.row[static_cast<size_t>(r)] * stride[0];
     for (int64_t c = 0; c < begin; ++c) to[c] = static_cast<To>(from[column[c] * stride[1]]);
     for (int64_t c = begin; c < end; ++c) to[c] = static_cast<To>(from[s.left + c]);
     for (int64_t c = end; c < s.width; ++c) to[c] = static_cast<To>(from[column[c] * stride[1]]);
   }
+  return {room.data(), s.width};
 }
 
-UNET_INLINE void unfold_channel(const Job &job, Scratch &s, int64_t channel) {
+UNET_INLINE View<float> look_at_channel(const Job &job, Scratch &s, int64_t channel) {
   const int64_t *stride = job.warp.image_stride + 2;
   const int64_t plane = s.n * job.warp.image_stride[0] + channel * job.warp.image_stride[1];
-  s.window.resize(static_cast<size_t>(s.height * s.width));
-  float *to = s.window.data();
   switch (job.warp.pixel) {
-    case UNET_UINT8: return unfold(job, s, static_cast<const uint8_t *>(job.warp.image) + plane, stride, to);
-    case UNET_UINT16: return unfold(job, s, static_cast<const uint16_t *>(job.warp.image) + plane, stride, to);
-    default: return unfold(job, s, static_cast<const float *>(job.warp.image) + plane, stride, to);
+    case UNET_UINT8: return look<float>(job, s, static_cast<const uint8_t *>(job.warp.image) + plane, stride);
+    case UNET_UINT16: return look<float>(job, s, static_cast<const uint16_t *>(job.warp.image) + plane, stride);
+    default: return look<float>(job, s, static_cast<const float *>(job.warp.image) + plane, stride);
   }
 }
 
-// A row of the part, interpolated, into s.line: down each of the columns that a pixel reads, then across.
-template <int Order> UNET_INLINE void sample(Scratch &s, int row) {
-  constexpr int kCount = Taps<Order>::kCount;
+// Of each pixel of a row of the part, the sums down the columns that it reads, into s.sums.
+template <int Order, Of what> UNET_INLINE void down(Scratch &s, View<float> image, int row) {
+  using T = Taps<Order>;
   const int columns = s.part.columns;
-  const int64_t pitch = s.width;
-  const float *window = s.window.data(), *fy = s.fy + row * columns, *fx = s.fx + row * columns;
+  const float *f = s.fy + row * columns;
   const int32_t *first = s.at + row * columns;
   float *sums = s.sums;
-  for (int i = 0; i < kCount; ++i)
-    for (int c = 0; c < columns; ++c) s.weights[i][c] = Taps<Order>::weight(i, fy[c]);
+  // the taps of many pixels at a time, then all columns of a pixel
+  for (int i = 0; i < T::kCount; ++i)
+    for (int c = 0; c < columns; ++c) s.taps[i][c] = T::template at<what>(i, f[c]);
   for (int c = 0; c < columns; ++c) {
-    const float *at = window + first[c];
-    auto sum = Lanes<kCount>::load(at) * s.weights[0][c];
-    for (int i = 1; i < kCount; ++i) sum = sum + Lanes<kCount>::load(at + i * pitch) * s.weights[i][c];
-    sum.store(sums + c * kCount);
+    const float *at = image.first + first[c];
+    auto sum = Lanes<T::kCount>::load(at) * s.taps[0][c];
+    for (int i = 1; i < T::kCount; ++i) sum = sum + Lanes<T::kCount>::load(at + i * image.pitch) * s.taps[i][c];
+    sum.store(sums + c * T::kCount);
   }
-  // for many pixels at a time
+}
+
+// And from there across, into `line`.
+template <int Order, Of what> UNET_INLINE void across(const Scratch &s, int row, float *line) {
+  using T = Taps<Order>;
+  const int columns = s.part.columns;
+  const float *f = s.fx + row * columns, *sums = s.sums;
   for (int c = 0; c < columns; ++c) {
-    float sum = sums[c * kCount] * Taps<Order>::weight(0, fx[c]);
-    for (int j = 1; j < kCount; ++j) sum = sum + sums[c * kCount + j] * Taps<Order>::weight(j, fx[c]);
-    s.line[c] = sum;
+    float sum = sums[c * T::kCount] * T::template at<what>(0, f[c]);
+    for (int j = 1; j < T::kCount; ++j) sum = sum + sums[c * T::kCount + j] * T::template at<what>(j, f[c]);
+    line[c] = sum;
   }
+}
+
+// A row of the part, interpolated, into s.line.
+template <int Order> UNET_INLINE void sample(Scratch &s, View<float> image, int row) {
+  down<Order, Of::weight>(s, image, row);
+  across<Order, Of::weight>(s, row, s.line);
 }
 
 // The grey-value table of an image.
@@ -421,19 +451,17 @@ template <class Pixel> UNET_INLINE void round(const float *line, int columns, fl
 
 template <int Order, class Label> UNET_INLINE void take_nearest(const Job &job, Scratch &s) {
   const Label *plane = static_cast<const Label *>(job.warp.labels) + s.n * job.warp.label_stride[0];
-  // as wide as the widest label: aligned for each
-  s.labels.resize(static_cast<size_t>(s.height * s.width));
-  Label *window = reinterpret_cast<Label *>(s.labels.data());
-  unfold(job, s, plane, job.warp.label_stride + 1, window);
+  const View<Label> labels = look<Label>(job, s, plane, job.warp.label_stride + 1);
+  aim<Order>(s, labels.pitch);
   const int pixels = s.part.pixels(), columns = s.part.columns;
-  const int32_t width = static_cast<int32_t>(s.width), here = -Taps<Order>::kFirst * (width + 1);
-  for (int p = 0; p < pixels; ++p)
-    s.at[p] += here + (s.fy[p] >= 0.5f ? width : 0) + (s.fx[p] >= 0.5f ? 1 : 0); // from the first pixel to the nearest
+  const int32_t below = static_cast<int32_t>(labels.pitch), here = -Taps<Order>::kFirst * (below + 1);
+  // from the first pixel to the nearest
+  for (int p = 0; p < pixels; ++p) s.at[p] += here + (s.fy[p] >= 0.5f ? below : 0) + (s.fx[p] >= 0.5f ? 1 : 0);
   Label *to = static_cast<Label *>(job.warped) + s.n * job.out_pixels() + s.part.row * job.warp.out_width +
               s.part.column;
   for (int row = 0; row < s.part.rows; ++row, to += job.warp.out_width) {
     const int32_t *at = s.at + row * columns;
-    for (int c = 0; c < columns; ++c) to[c] = window[at[c]];
+    for (int c = 0; c < columns; ++c) to[c] = labels.first[at[c]];
   }
 }
 
@@ -446,9 +474,10 @@ struct Forward {
     while (next<Order>(job, s)) {
       const int columns = s.part.columns;
       for (int64_t c = 0; c < warp.channels; ++c) {
-        unfold_channel(job, s, c);
+        const View<float> image = look_at_channel(job, s, c);
+        aim<Order>(s, image.pitch);
         for (int row = 0; row < s.part.rows; ++row) {
-          sample<Order>(s, row);
+          sample<Order>(s, image, row);
           if (warp.table) {
             const Table table(job, s.n);
             for (int i = 0; i < columns; ++i) s.line[i] = table(s.line[i]);
@@ -480,6 +509,18 @@ UNET_INLINE const float *dout_of(const Job &job, const Scratch &s, int64_t chann
          (s.part.row + row) * job.warp.out_width + s.part.column;
 }
 
+// The gradient of the part's grey values, in s.dy, to that of what was read, before the table.
+template <int Order> UNET_INLINE void to_before_the_table(const Job &job, Scratch &s, int64_t channel) {
+  const View<float> image = look_at_channel(job, s, channel);
+  const Table table(job, s.n);
+  aim<Order>(s, image.pitch);
+  for (int row = 0; row < s.part.rows; ++row) {
+    sample<Order>(s, image, row);
+    float *d = s.dy + row * s.part.columns;
+    for (int i = 0; i < s.part.columns; ++i) d[i] *= table.slope(s.line[i]);
+  }
+}
+
 // All blocks of a channel of an image, one after the other: every output value handed back to the pixels that it was
 // read from.
 struct ImageGradient {
@@ -491,19 +532,25 @@ struct ImageGradient {
     for (int64_t block = 0; block < job.down * job.across; ++block) {
       begin(job, s, plane / job.warp.channels, block);
       while (next<Order>(job, s)) {
-        if (job.warp.table) unfold_channel(job, s, c);
-        s.gradient.assign(static_cast<size_t>(s.height * s.width), 0.0f);
+        const int columns = s.part.columns;
         for (int row = 0; row < s.part.rows; ++row) {
           const float *dout = dout_of(job, s, c, row);
-          if (job.warp.table) sample<Order>(s, row);
-          for (int i = 0; i < s.part.columns; ++i) {
-            const int p = row * s.part.columns + i;
-            float d = dout[i];
-            if (job.warp.table) d *= Table(job, s.n).slope(s.line[i]);
-            const auto across = T::weights(s.fx[p]), rows = T::weights(s.fy[p]) * d;
-            float *at = s.gradient.data() + s.at[p];
-            for (int k = 0; k < T::kCount; ++k, at += s.width)
-              (Lanes<T::kCount>::load(at) + across * rows[k]).store(at);
+          std::copy(dout, dout + columns, s.dy + row * columns);
+        }
+        if (job.warp.table) to_before_the_table<Order>(job, s, c);
+        aim<Order>(s, s.width);
+        s.gradient.assign(static_cast<size_t>(s.height * s.width), 0.0f);
+        for (int row = 0; row < s.part.rows; ++row) {
+          const float *d = s.dy + row * columns, *fy = s.fy + row * columns, *fx = s.fx + row * columns;
+          for (int i = 0; i < T::kCount; ++i)
+            for (int c = 0; c < columns; ++c) s.taps[i][c] = T::template at<Of::weight>(i, fy[c]) * d[c];
+          for (int c = 0; c < columns; ++c)
+            for (int i = 0; i < T::kCount; ++i) s.sums[c * T::kCount + i] = T::template at<Of::weight>(i, fx[c]);
+          for (int c = 0; c < columns; ++c) {
+            const auto taps = Lanes<T::kCount>::load(s.sums + c * T::kCount);
+            float *at = s.gradient.data() + s.at[row * columns + c];
+            for (int i = 0; i < T::kCount; ++i, at += s.width)
+              (Lanes<T::kCount>::load(at) + taps * s.taps[i][c]).store(at);
           }
         }
         for (int64_t r = 0; r < s.height; ++r) {
@@ -517,19 +564,10 @@ struct ImageGradient {
   }
 };
 
-// A weighted sum of rows of the window, tap by tap.
-template <int Order>
-UNET_INLINE Lanes<Order + 1> down(const float *at, int64_t pitch, Lanes<Order + 1> weights) {
-  Lanes<Order + 1> sum = Lanes<Order + 1>::load(at) * weights[0];
-  for (int i = 1; i <= Order; ++i) sum = sum + Lanes<Order + 1>::load(at + i * pitch) * weights[i];
-  return sum;
-}
-
 // A block of the output: the derivative by the row and the column that each pixel reads, and from there by u and by the
 // matrix.
 struct PositionGradient {
   template <int Order> static UNET_INLINE void run(const Job &job, int64_t task, Scratch &s) {
-    using T = Taps<Order>;
     const int64_t per_image = job.down * job.across;
     double sums[6] = {};
     begin(job, s, task / per_image, task % per_image);
@@ -538,19 +576,19 @@ struct PositionGradient {
       std::fill(s.dy, s.dy + pixels, 0.0f);
       std::fill(s.dx, s.dx + pixels, 0.0f);
       for (int64_t c = 0; c < job.warp.channels; ++c) {
-        unfold_channel(job, s, c);
+        const View<float> image = look_at_channel(job, s, c);
+        aim<Order>(s, image.pitch);
         for (int row = 0; row < s.part.rows; ++row) {
           const float *dout = dout_of(job, s, c, row);
+          down<Order, Of::weight>(s, image, row);
+          across<Order, Of::slope>(s, row, s.by_x);
+          if (job.warp.table) across<Order, Of::weight>(s, row, s.line);
+          down<Order, Of::slope>(s, image, row);
+          across<Order, Of::weight>(s, row, s.by_y);
           for (int i = 0; i < columns; ++i) {
-            const int p = row * columns + i;
-            const float *at = s.window.data() + s.at[p];
-            const auto rows = down<Order>(at, s.width, T::weights(s.fy[p]));
-            const auto steep = down<Order>(at, s.width, T::slopes(s.fy[p]));
-            const auto across = T::weights(s.fx[p]);
-            float d = dout[i];
-            if (job.warp.table) d *= Table(job, s.n).slope((rows * across).sum());
-            s.dy[p] += d * (steep * across).sum();
-            s.dx[p] += d * (rows * T::slopes(s.fx[p])).sum();
+            const float d = job.warp.table ? dout[i] * Table(job, s.n).slope(s.line[i]) : dout[i];
+            s.dy[row * columns + i] += d * s.by_y[i];
+            s.dx[row * columns + i] += d * s.by_x[i];
           }
         }
       }
