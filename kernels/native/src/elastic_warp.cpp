@@ -43,37 +43,18 @@ constexpr float kRound = 12582912.0f;
 
 // ---- taps
 
-// 2 or 4 numbers side by side, one a tap.
-#if defined(__GNUC__)
-template <int N> struct Register;
-template <> struct Register<2> {
-  typedef float Type __attribute__((vector_size(8)));
-};
-template <> struct Register<4> {
-  typedef float Type __attribute__((vector_size(16)));
-};
-template <int N> struct Lanes {
-  typename Register<N>::Type of;
-  UNET_INLINE Lanes operator*(Lanes b) const { return {of * b.of}; }
-  UNET_INLINE Lanes operator*(float b) const { return {of * b}; }
-  UNET_INLINE Lanes operator+(Lanes b) const { return {of + b.of}; }
-#else
+// 2 or 4 numbers side by side, one a tap: compilers make a vector of them.
 template <int N> struct Lanes {
   float of[N];
-  Lanes operator*(Lanes b) const {
-    for (int i = 0; i < N; ++i) b.of[i] *= of[i];
-    return b;
-  }
-  Lanes operator*(float b) const {
+  UNET_INLINE Lanes operator*(float b) const {
     Lanes product;
     for (int i = 0; i < N; ++i) product.of[i] = of[i] * b;
     return product;
   }
-  Lanes operator+(Lanes b) const {
+  UNET_INLINE Lanes operator+(Lanes b) const {
     for (int i = 0; i < N; ++i) b.of[i] += of[i];
     return b;
   }
-#endif
   static UNET_INLINE Lanes load(const float *from) {
     Lanes lanes;
     std::memcpy(&lanes.of, from, sizeof(lanes.of));
