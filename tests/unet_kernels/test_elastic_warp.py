@@ -572,6 +572,7 @@ def test_threads_do_not_change_a_bit() -> None:
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
+                assert _native.native().unet_thread_count() == threads
                 out, _ = launch_elastic_warp_fwd_cpu(*operands, 3)
                 found.append([out, *_gradients(launch_elastic_warp_bwd_cpu, operands, 3, out)])
             finally:

@@ -234,32 +234,27 @@ def _handed_back(dout: Tensor, image: Tensor, y: Tensor, x: Tensor, order: int) 
 def grid_gradient(du: Tensor, displacement: Tensor, height: int, width: int) -> Tensor:
     """From the gradient of u at every output pixel [N, 2, h, w] to that of the grid, summed in float64."""
     y, x = _window(du.shape[2:], height, width, du.device)
-    down, _ = _cubic_matrices(y, height, displacement.shape[2])
-    across, _ = _cubic_matrices(x, width, displacement.shape[3])
+    down, across = (_shares(y, height, displacement.shape[2], _taps), _shares(x, width, displacement.shape[3], _taps))
     return (down.T @ du.double() @ across).to(displacement.dtype)
 
 
-def _cubic_matrices(pixel: Tensor, pixels: int, points: int) -> tuple[Tensor, Tensor]:
-    """How much each pixel [n] of an axis takes from each of `points` grid points, and the derivative by the pixel.
-
-    Both [n, points], float64.
-    """
+def _shares(pixel: Tensor, pixels: int, points: int, of: Taps) -> Tensor:
+    """How much each pixel [n] of an axis takes from each grid point: [n, points], float64; or, of slopes, per point."""
     grid = torch.arange(points, device=pixel.device)
-    found = []
-    for of in (_taps, _slopes):
-        around = _points(pixel, pixels, points, torch.float64, of)
-        found.append(_sum([torch.where(point[:, None] == grid, weight[:, None], 0) for point, weight in around]))
-    # beyond the edge its value is kept; at the edge, the slope is that to the inside
-    inside = (pixel >= 0) & (pixel < pixels)
-    scale = (points - 1) / (pixels - 1) if pixels > 1 else 0.0
-    return found[0], torch.where(inside[:, None], found[1] * scale, 0)
+    around = _points(pixel, pixels, points, torch.float64, of)
+    return _sum([torch.where(point[:, None] == grid, weight[:, None], 0) for point, weight in around])
 
 
 def jacobian(displacement: Tensor, height: int, width: int, out_size: Sequence[int] | None) -> Tensor:
     """d (p + u(p)) / dp at every output pixel: [N, 2, 2, h, w], float64, rows of it the component that changes."""
-    y, x = _window(out_size, height, width, displacement.device)
-    down, steep = _cubic_matrices(y, height, displacement.shape[2])
-    across, sideways = _cubic_matrices(x, width, displacement.shape[3])
     u = displacement.double()
-    slopes = torch.stack([steep @ u @ across.T, down @ u @ sideways.T], 2)
-    return slopes + torch.eye(2, dtype=torch.float64, device=u.device)[:, :, None, None]
+    shares, slopes = [], []
+    places = _window(out_size, height, width, u.device)
+    for pixel, pixels, points in zip(places, (height, width), u.shape[2:], strict=True):
+        shares.append(_shares(pixel, pixels, points, _taps))
+        # beyond the edge its value is kept
+        inside = (pixel >= 0) & (pixel < pixels) if pixels > 1 else torch.zeros_like(pixel, dtype=torch.bool)
+        per_pixel = (points - 1) / max(1, pixels - 1)
+        slopes.append(torch.where(inside[:, None], _shares(pixel, pixels, points, _slopes) * per_pixel, 0))
+    found = torch.stack([slopes[0] @ u @ shares[1].T, shares[0] @ u @ slopes[1].T], 2)
+    return found + torch.eye(2, dtype=torch.float64, device=u.device)[:, :, None, None]
