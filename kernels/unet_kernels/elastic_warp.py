@@ -406,7 +406,8 @@ def launch_elastic_warp_fwd(
     with _triton.on_device(image):
         _fwd_kernel[(-(-h * w // BLOCK_P), N)](
             image, _read(displacement), labels, _read(matrix), _read(lut), out, warped,
-            C, H, W, *_sizes(image, displacement, out_size), *_table_of(lut, image.dtype), _highest(image.dtype),
+            C, H, W, *_sizes(image, displacement, out_size), *_table_of(lut, image.dtype),
+            reference.highest_grey(image.dtype),
             *image.stride(), *((0, 0, 0) if labels is None else labels.stride()), _row_of(lut),
             ORDER=order, WHOLE=not image.is_floating_point(), BLOCK_P=BLOCK_P, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -481,22 +482,14 @@ def _read(small: Tensor | None) -> Tensor | None:
 def _sizes(image: Tensor, displacement: Tensor, out_size: Sequence[int]) -> tuple[Any, ...]:
     """GH, GW, h, w, top, left, scale_y, scale_x."""
     (H, W), (GH, GW), (h, w) = image.shape[2:], displacement.shape[2:], out_size
-    return GH, GW, h, w, (H - h) // 2, (W - w) // 2, _scale(GH, H), _scale(GW, W)
-
-
-def _scale(points: int, pixels: int) -> float:
-    """Grid points a pixel: corners on corners."""
-    return (points - 1) / (pixels - 1) if pixels > 1 else 0.0
-
-
-def _highest(dtype: torch.dtype) -> float:
-    return 1.0 if dtype.is_floating_point else float(torch.iinfo(dtype).max)
+    scales = reference.points_per_pixel(GH, H), reference.points_per_pixel(GW, W)
+    return GH, GW, h, w, (H - h) // 2, (W - w) // 2, *scales
 
 
 def _table_of(lut: Tensor | None, dtype: torch.dtype) -> tuple[int, float]:
     """Entries, and how many of them a unit of grey value is."""
     entries = 0 if lut is None else lut.shape[-1]
-    return entries, (entries - 1) / _highest(dtype)
+    return entries, (entries - 1) / reference.highest_grey(dtype)
 
 
 def _row_of(lut: Tensor | None) -> int:
@@ -509,16 +502,13 @@ class _Warp(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("image", "labels", "displacement", "matrix", "table")),
-        *((f"{of}{name}", ctypes.c_int64) for of, name in (
-            ("", "count"), ("", "channels"), ("", "height"), ("", "width"), ("grid_", "height"), ("grid_", "width"),
-            ("out_", "height"), ("out_", "width"),
-        )),
+        *((name, ctypes.c_int64) for name in ("count", "channels", "height", "width", "grid_height", "grid_width")),
+        *((name, ctypes.c_int64) for name in ("out_height", "out_width")),
         ("image_stride", ctypes.c_int64 * 4),
         ("label_stride", ctypes.c_int64 * 3),
-        ("table_stride", ctypes.c_int64),
-        ("entries", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("table_stride", "entries")),
         *((name, ctypes.c_int32) for name in ("pixel", "label_bytes", "order")),
-    )  # fmt: skip
+    )
 
 
 # UNET_UINT8, UNET_UINT16, UNET_FLOAT32

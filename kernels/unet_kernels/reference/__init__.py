@@ -17,7 +17,16 @@ from .loss import (
     pixel_factors,
     weighted_cross_entropy,
 )
-from .warp import displaced, elastic_warp, elastic_warp_gradients, grid_gradient, jacobian, transformed
+from .warp import (
+    displaced,
+    elastic_warp,
+    elastic_warp_gradients,
+    grid_gradient,
+    highest_grey,
+    jacobian,
+    points_per_pixel,
+    transformed,
+)
 
 __all__ = [
     "at_least_float32",
@@ -37,11 +46,13 @@ __all__ = [
     "elastic_warp_gradients",
     "grid_gradient",
     "head_cross_entropy",
+    "highest_grey",
     "jacobian",
     "max_pool2x2",
     "number_roots",
     "over",
     "pixel_factors",
+    "points_per_pixel",
     "transformed",
     "two_nearest_cells",
     "uncrop",

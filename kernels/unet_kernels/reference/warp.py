@@ -8,7 +8,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["displaced", "elastic_warp", "elastic_warp_gradients", "grid_gradient", "jacobian", "transformed"]
+__all__ = [
+    "displaced",
+    "elastic_warp",
+    "elastic_warp_gradients",
+    "grid_gradient",
+    "highest_grey",
+    "jacobian",
+    "points_per_pixel",
+    "transformed",
+]
 
 
 def elastic_warp(
@@ -70,10 +79,14 @@ Taps = Callable[[Tensor, int], list[tuple[int, Tensor]]]
 
 def _points(pixel: Tensor, pixels: int, points: int, dtype: torch.dtype, of: Taps) -> list[tuple[Tensor, Tensor]]:
     """The four grid points around each pixel of an axis, and their weights; the edge's value is kept beyond it."""
-    scale = (points - 1) / (pixels - 1) if pixels > 1 else 0.0
-    at = pixel.clamp(0, pixels - 1).to(dtype) * scale
+    at = pixel.clamp(0, pixels - 1).to(dtype) * points_per_pixel(points, pixels)
     low = at.floor()
     return [((low + offset).long().clamp(0, points - 1), weight) for offset, weight in of(at - low, 3)]
+
+
+def points_per_pixel(points: int, pixels: int) -> float:
+    """Of a grid laid corner to corner."""
+    return (points - 1) / (pixels - 1) if pixels > 1 else 0.0
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
@@ -172,7 +185,12 @@ def _segment(values: Tensor, lut: Tensor, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def _entries_per_grey(entries: int, dtype: torch.dtype) -> float:
-    return (entries - 1) / (1.0 if dtype.is_floating_point else float(torch.iinfo(dtype).max))
+    return (entries - 1) / highest_grey(dtype)
+
+
+def highest_grey(dtype: torch.dtype) -> float:
+    """What a table's last entry stands for."""
+    return 1.0 if dtype.is_floating_point else float(torch.iinfo(dtype).max)
 
 
 # ---- the derivative
@@ -253,8 +271,8 @@ def jacobian(displacement: Tensor, height: int, width: int, out_size: Sequence[i
     for pixel, pixels, points in zip(places, (height, width), u.shape[2:], strict=True):
         shares.append(_shares(pixel, pixels, points, _taps))
         # beyond the edge its value is kept
-        inside = (pixel >= 0) & (pixel < pixels) if pixels > 1 else torch.zeros_like(pixel, dtype=torch.bool)
-        per_pixel = (points - 1) / max(1, pixels - 1)
-        slopes.append(torch.where(inside[:, None], _shares(pixel, pixels, points, _slopes) * per_pixel, 0))
+        inside = ((pixel >= 0) & (pixel < pixels))[:, None]
+        slope = _shares(pixel, pixels, points, _slopes) * points_per_pixel(points, pixels)
+        slopes.append(torch.where(inside, slope, 0))
     found = torch.stack([slopes[0] @ u @ shares[1].T, shares[0] @ u @ slopes[1].T], 2)
     return found + torch.eye(2, dtype=torch.float64, device=u.device)[:, :, None, None]
