@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .loss import BorderWeightedCrossEntropy
     from .model import FastUNet
     from .normalisation import Normalisation
+    from .replay import Replayed
     from .storage import load, save
     from .tiling import plan_tiles
     from .training import train
@@ -26,6 +27,7 @@ __all__ = [
     "ElasticWarp",
     "FastUNet",
     "Normalisation",
+    "Replayed",
     "SameSize",
     "TrainConfig",
     "__version__",
@@ -48,6 +50,7 @@ _HOMES = {
     "ElasticWarp": "augment",
     "FastUNet": "model",
     "Normalisation": "normalisation",
+    "Replayed": "replay",
     "SameSize": "compat",
     "TrainConfig": "config",
     "class_balance": "data",

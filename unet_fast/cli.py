@@ -74,6 +74,12 @@ class Precision(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class Arithmetic(StrEnum):
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
 class Accumulate(StrEnum):
     TILE = "tile"
     IMAGE = "image"
@@ -526,12 +532,46 @@ def profile(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    layers: Annotated[bool, typer.Option("--layers", help="What each layer of a net runs here, and why.")] = False,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="Of this run or model.safetensors; default: the paper's net.")
+    ] = None,
+    features: Annotated[
+        str | None, typer.Option(help="Instead of a model: channels per level, such as 16,32,64,128.")
+    ] = None,
+    tile: Annotated[int, typer.Option(help="Side of the tile.", min=1)] = 572,
+    precision: Annotated[Arithmetic, typer.Option(help="Of the net.")] = Arithmetic.BFLOAT16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    chip: Annotated[str | None, typer.Option(help="Ask about a GPU that is not here: sm_80, sm_86, sm_89, sm_90.")] = (
+        None
+    ),
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the net first, so that every layer's ways are measured.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Show versions, devices, native libraries, and which implementation each operation takes here and why."""
+    if model is not None and features is not None:
+        raise typer.BadParameter("a model has its own", param_hint="--features")
+    widths = None if features is None else tuple(_numbers("--features", features))
     from . import doctor
 
-    found = doctor.examine()
-    typer.echo(_data(found) if as_json else doctor.render(found))
+    if not layers:
+        found = doctor.examine()
+        typer.echo(_data(found) if as_json else doctor.render(found))
+        return
+    with _sentences():
+        found = doctor.examine_layers(
+            model=model,
+            features=widths,
+            tile=tile,
+            precision=precision.value,
+            device=device,
+            chip=chip,
+            measure=measure,
+        )
+        typer.echo(_data(found) if as_json else doctor.render_layers(found))
 
 
 def _data(value: Any) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import unet_kernels
+
 from .errors import BadInput
 from .measuring import CONTEXT_BYTES, Meter, Watch, capped
 from .memory import estimate
@@ -194,8 +196,12 @@ class _Need:
         found = estimate(self.counted, side, mode="predict", batch=batch)
         if self.like.device.type == "cuda":
             return found.total
+        dynamic = found.dynamic
+        if unet_kernels.multiplies_in(self.like.device, self.like.dtype) != self.like.dtype:
+            # beside the maps lie those that a layer works on, in float32
+            dynamic += estimate(self.counted, side, mode="predict", dtype=torch.float32, batch=batch).dynamic
         # the weights are there already; a library makes copies of them as it likes them
-        return _CPU_FACTOR * found.dynamic + found.weights + _CPU_BESIDE
+        return _CPU_FACTOR * dynamic + found.weights + _CPU_BESIDE
 
     def _measured(self, side: int) -> float:
         """By a line through what two small tiles take, in bytes per area."""

@@ -21,6 +21,7 @@ from .fitting import fit, held_to, parameter_of
 from .greys import Greys
 from .measuring import Watch, give_back, is_out_of_memory
 from .progress import Progress
+from .replay import Replayed
 from .sources import ArraySource, Source, of_axes
 from .tiling import Cutter, Tile
 from .units import readable
@@ -113,9 +114,11 @@ class Inference:
     say: Callable[[str], None] = lambda _: None
     changed: Callable[[tuple[int, int], int], None] = lambda *_: None
     cutter: Cutter = field(init=False)
+    net: Replayed = field(init=False)
 
     def __post_init__(self) -> None:
         self.cutter = Cutter.of(self.model, self.tta)
+        self.net = Replayed(self.model)
 
     def run(
         self,
@@ -134,6 +137,8 @@ class Inference:
                 if not is_out_of_memory(error):
                     raise
                 why = str(error).splitlines()[0] if str(error) else "memory ran out"
+            # a graph keeps its memory as long as it lives
+            self.net = Replayed(self.model)
             give_back()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -195,7 +200,7 @@ class Inference:
         like = parameter_of(self.model)
         version = versions_of(self.tta, self.greys.shape[2:])[number]
         with torch.no_grad():
-            logits = self.model(windows.to(like.device, like.dtype, non_blocking=True))
+            logits = self.net(windows.to(like.device, like.dtype, non_blocking=True))
             if of == 1:
                 return [
                     self.answer.of_logits(version.back(each, tile, self.cutter))

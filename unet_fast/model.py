@@ -54,6 +54,13 @@ class Conv3x3(nn.Conv2d):
             return unet_kernels.conv3x3_relu(x, self.weight, self.bias)
         return unet_kernels.conv3x3_relu_cat(x, skip, self.weight, self.bias)
 
+    def pooled(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor] | None:
+        """(the centred [rows, columns] window of forward(x), its 2x2 maxima) in one pass; None where two are faster."""
+        given = x, self.weight, self.bias
+        if not unet_kernels.one_pass_pays(*given, rows=rows, columns=columns):
+            return None
+        return unet_kernels.conv3x3_relu_pool(*given, rows=rows, columns=columns)
+
 
 class Deconv(nn.ConvTranspose2d):
     """2x2 up-convolution, one tap reaching each output."""
@@ -88,11 +95,16 @@ class Resize(nn.Conv2d):
 class Head(nn.Conv2d):
     """1x1 convolution to one map per class."""
 
+    bias: nn.Parameter
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
 
     def reset_parameters(self) -> None:
         _restart(self.weight, self.bias, self.in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unet_kernels.conv1x1(x, self.weight, self.bias)
 
 
 class Down(nn.Module):
@@ -108,6 +120,21 @@ class Down(nn.Module):
         x = self.conv2(self.conv1(x))
         # both the pool and the skip get the dropped map, as in the release
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    @property
+    def hands_on(self) -> bool:
+        """Whether a window and the maxima are all that is wanted of the result: no dropout, no hook on it."""
+        watched = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.conv2))
+        return self.conv2.padding == (0, 0) and not watched and not (self.dropout and self.training)
+
+    def handed_on(self, x: Tensor, below: int) -> tuple[Tensor, Tensor]:
+        """(the window that the way up will see of forward(x), `below` levels being under it; its 2x2 maxima)."""
+        x = self.conv1(x)
+        rows, columns = (geometry.arriving_size(n - 2, below) for n in x.shape[2:])
+        if (both := self.conv2.pooled(x, rows, columns)) is not None:
+            return both
+        x = self.conv2(x)
+        return _centre(x, rows, columns), unet_kernels.max_pool2x2(x)
 
 
 class Up(nn.Module):
@@ -277,16 +304,27 @@ class FastUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of x [N, in_channels, H, W], before any softmax."""
         self._check(x)
+        x, skips = self._contracted(x)
+        for level in reversed(range(self.depth)):
+            # a view of its own: backward hooks of this level are called when the level is done, not the window
+            skip = skips.pop()
+            x = self._step(self.up[level], x, skip[:])
+        return self.head(x)
+
+    def _contracted(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(the bottom's map, of each level above it what the way up will see)."""
         skips: list[Tensor] = []
+        if not torch.is_grad_enabled() and all(isinstance(d, Down) and d.hands_on for d in self.down[:-1]):
+            for level, down in enumerate(self.down[:-1]):
+                assert isinstance(down, Down)
+                skip, x = down.handed_on(x, self.depth - level)
+                skips.append(skip)
+            return self.down[self.depth](x), skips
         for level in range(self.depth + 1):
             x = self._step(self._down, x, level)
             if level < self.depth:
                 skips.append(self._window(x, level))
-        for level in reversed(range(self.depth)):
-            # a view of its own: backward hooks of this level are called when the level is done, not the window
-            skip = skips.pop()
-            x = self._step(self.up[level], x, skip.view_as(skip))
-        return self.head(x)
+        return x, skips
 
     def _down(self, x: Tensor, level: int) -> Tensor:
         return self.down[level](unet_kernels.max_pool2x2(x) if level else x)

@@ -14,6 +14,8 @@ from itertools import product
 
 import torch
 
+import unet_kernels
+
 from . import geometry
 from .errors import BadInput
 from .layers import Layers
@@ -113,6 +115,7 @@ def choose(
     *,
     headroom: float = 1.0,
     batch: int = 1,
+    device: torch.device | str = "cuda",
     precisions: Sequence[str] = tuple(PRECISIONS),
     recompute: Sequence[str] = RECOMPUTE,
     say: Callable[[str], None] = lambda _: None,
@@ -126,13 +129,14 @@ def choose(
         probe: takes one real training step and tells its bytes and seconds; may run out of memory.
         headroom: the share of the budget that a trial may take; the rest is for what comes in later steps.
         batch: tiles a step.
+        device: where the steps are taken.
         precisions, recompute: what may be chosen.
         say: is told what is tried.
 
     Raises:
         BadInput: nothing fits; says what the smallest tile takes.
     """
-    planner = _Planner(net, round(headroom * budget_bytes), batch, probe, say)
+    planner = _Planner(net, round(headroom * budget_bytes), batch, torch.device(device), probe, say)
     ways = [_Way(planner, *each) for each in product(precisions, recompute)]
     for precision in precisions:
         # nothing is tried that is counted not to fit
@@ -172,13 +176,17 @@ def _why(chosen: Trial, fits: Sequence[Trial], tiles: Sequence[int]) -> str:
     return "the most useful pixels a second of what fits"
 
 
-def counted_bytes(net: FastUNet, setting: Setting, batch: int = 1) -> int:
-    """`unet_fast.memory.estimate` of a training step with momentum, weights included."""
+def counted_bytes(net: FastUNet, setting: Setting, batch: int = 1, device: torch.device | str = "cuda") -> int:
+    """`unet_fast.memory.estimate` of a training step with momentum, weights included.
+
+    Where a device cannot multiply bfloat16, the maps are counted as the float32 that its convolutions work on.
+    """
+    dtype = unet_kernels.multiplies_in(device, PRECISIONS[setting.precision])
     return estimate(
         net,
         setting.tile_in,
-        dtype=PRECISIONS[setting.precision],
-        autocast=setting.precision != "float32",
+        dtype=dtype,
+        autocast=dtype != torch.float32,
         batch=batch,
         recompute=setting.recompute,
     ).total
@@ -188,9 +196,15 @@ class _Planner:
     """The steps tried so far, and what they tell about those that were not."""
 
     def __init__(
-        self, net: FastUNet, budget: int, batch: int, probe: Callable[[Setting], Measured], say: Callable[[str], None]
+        self,
+        net: FastUNet,
+        budget: int,
+        batch: int,
+        device: torch.device,
+        probe: Callable[[Setting], Measured],
+        say: Callable[[str], None],
     ) -> None:
-        self.net, self.budget, self.batch, self.probe, self.say = net, budget, batch, probe, say
+        self.net, self.budget, self.batch, self.device, self.probe, self.say = net, budget, batch, device, probe, say
         self.trials: dict[Setting, Trial] = {}
         # FLOP a second, by precision, of the last tile tried
         self.rates: dict[str, float] = {}
@@ -200,6 +214,9 @@ class _Planner:
     def useful(self, tile: int) -> float:
         """Mpixel that a step answers for."""
         return self.batch * geometry.output_size(tile, self.net.depth) ** 2 / 1e6
+
+    def counted(self, setting: Setting) -> int:
+        return counted_bytes(self.net, setting, self.batch, self.device)
 
     def work(self, setting: Setting) -> float:
         layers = Layers(self.net, setting.tile_in, setting.tile_in)
@@ -237,7 +254,7 @@ class _Planner:
 
     def attempt(self, way: "_Way", tile: int) -> Trial:
         setting = way.setting(tile)
-        counted = counted_bytes(self.net, setting, self.batch)
+        counted = self.counted(setting)
         self.say(f"trying a step of {setting}")
         try:
             found = self.probe(setting)
@@ -270,7 +287,7 @@ class _Way:
 
     def forecast(self, tile: int) -> float:
         """Bytes of a tile, by those that were tried."""
-        counted = counted_bytes(self.planner.net, self.setting(tile), self.planner.batch)
+        counted = self.planner.counted(self.setting(tile))
         points = sorted(self.points)
         if not points:
             # another way's smallest tile says what there is beside the maps
@@ -318,6 +335,6 @@ class _Way:
             trial = planner.attempt(self, tile)
             if trial.seconds is None:
                 least = _RETREAT * trial.counted_bytes
-                tiles = [t for t in tiles if counted_bytes(planner.net, self.setting(t), planner.batch) <= least]
+                tiles = [t for t in tiles if planner.counted(self.setting(t)) <= least]
             elif not trial.fits:
                 tiles = [t for t in tiles if t < tile]

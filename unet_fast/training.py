@@ -246,6 +246,7 @@ def _inside_budget(config: TrainConfig, device: torch.device, say: Callable[[str
         lambda setting: apart(_measure_steps, _with(config, setting).with_(**steps), device),
         headroom=_HEADROOM.get(device.type, 1.0),
         batch=1 if config.accumulate == "image" else config.batch,
+        device=device,
         precisions=[config.precision] if config.precision else _precisions(device),
         recompute=[config.recompute] if config.recompute else RECOMPUTE,
         say=say,
@@ -297,7 +298,8 @@ def _with(config: TrainConfig, setting: Setting) -> TrainConfig:
 def _precisions(device: torch.device) -> list[str]:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return ["float32"]
-    return list(PRECISIONS)
+    # what a device computes in float32 anyway is neither faster nor smaller
+    return [name for name, dtype in PRECISIONS.items() if unet_kernels.multiplies_in(device, dtype) == dtype]
 
 
 def _to_stderr(text: str) -> None:
@@ -566,10 +568,10 @@ class _Run:
             smaller = Setting(now.tile_in, now.precision, "level")
         else:
             batch = 1 if config.accumulate == "image" else config.batch
-            limit = _SMALLER * counted_bytes(self.model, now, batch)
+            limit = _SMALLER * counted_bytes(self.model, now, batch, self.device)
             tiles = [n for n in _tiles_for(self.task.learn, config) if n < now.tile_in]
             settings = [Setting(n, now.precision, "level") for n in reversed(tiles)]
-            fits = (each for each in settings if counted_bytes(self.model, each, batch) <= limit)
+            fits = (each for each in settings if counted_bytes(self.model, each, batch, self.device) <= limit)
             found = next(fits, None)
             if found is None:
                 raise MemoryError(f"{why}, and {now} is the smallest there is")
@@ -668,7 +670,9 @@ class _Run:
             return None
         now = Setting(config.tile, config.precision or "float32", config.recompute or "none")
         try:
-            fits = largest_tile(_OF_A_STEP * counted_bytes(self.model, now), self.model, mode="predict")
+            fits = largest_tile(
+                _OF_A_STEP * counted_bytes(self.model, now, device=self.device), self.model, mode="predict"
+            )
         except ValueError:
             fits = 0
         return min(config.tile, fits)

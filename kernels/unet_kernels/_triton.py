@@ -5,12 +5,27 @@ plain function, which nobody launches, and `MISSING` says why.
 """
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-__all__ = ["INTERPRETED", "MISSING", "jit", "on_device", "tl", "triton", "why_no_dot", "why_not"]
+__all__ = [
+    "INTERPRETED",
+    "MISSING",
+    "chip",
+    "descriptor",
+    "jit",
+    "on_device",
+    "precision",
+    "pretending",
+    "processors",
+    "tl",
+    "triton",
+    "why_no_dot",
+    "why_not",
+]
 
 # read when this is imported, as Triton does when a kernel is decorated
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -18,6 +33,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     jit: Any = triton.jit
     MISSING = ""
@@ -26,7 +42,7 @@ except ImportError as error:
     class _Absent:
         constexpr = int
 
-    triton = None
+    triton = TensorDescriptor = None
     tl = _Absent()
 
     def jit(fn: Any) -> Any:
@@ -42,9 +58,11 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """
     if MISSING:
         return MISSING
+    if device.type == "cpu" and INTERPRETED:
+        return "float64 is left to torch" if dtype == torch.float64 else ""
     if device.type != "cuda":
         return f"Triton kernels run on CUDA, this is {device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
+    if 0 < chip(device) < 75:
         return "the device is older than sm_75"
     if dtype == torch.float64:
         return "float64 is left to torch"
@@ -54,11 +72,56 @@ def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str:
 def why_no_dot(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Likewise for a kernel that multiplies matrices."""
     refusal = why_not(device, dtype)
-    if refusal or torch.version.hip is not None:
-        return refusal
-    return "" if torch.cuda.get_device_capability(device) >= (8, 0) else "the device is older than sm_80"
+    return refusal or ("the device is older than sm_80" if 0 < chip(device) < 80 else "")
+
+
+# a chip that is spoken of but not here: what `pretending` says
+_pretended = 0
+
+
+@contextmanager
+def pretending(chip: int) -> Iterator[None]:
+    """Inside the block, CUDA devices are taken for chips of this compute capability, H100s in number of processors.
+
+    For questions about chips that are not here; nothing can be launched on them.
+    """
+    global _pretended
+    before, _pretended = _pretended, chip
+    try:
+        yield
+    finally:
+        _pretended = before
+
+
+def chip(device: torch.device) -> int:
+    """Compute capability as two digits, 0 for another maker's; the interpreter can do all that an sm_90 can."""
+    if _pretended or device.type != "cuda":
+        return _pretended or 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor if torch.version.hip is None else 0
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a launch should keep busy."""
+    if _pretended or device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Launches go to the tensor's own GPU; under the interpreter there is none."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> Any:
+    """What the copy engine of sm_90 reads boxes of `block` values of a matrix by; beyond `shape` it reads zeros."""
+    return TensorDescriptor(base, shape, strides, block)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How exact a product of float32 matrices is: "tf32" (ten bits) where torch's convolutions may, else "ieee"."""
+    if dtype != torch.float32:
+        return "ieee"
+    # "none" where it was asked for by the older name, allow_tf32 = False
+    told: str = getattr(torch.backends.cudnn, "conv").fp32_precision  # noqa: B009 (mypy does not know it)
+    return "tf32" if told == "tf32" else "ieee"

@@ -7,23 +7,88 @@ Backward keeps x, weight and y: relu'(z) = [not (y <= 0)], and y is the next lay
 memory. `not (y <= 0)` rather than `y > 0`, so that a NaN in y lets its gradient through as torch does.
 For the concatenation it keeps up and skip, and derives by each of them alone.
 Derivation: docs/mathematics.md, section 2.
+
+On CUDA the forward is the fastest of our kernels (`_conv3x3_fwd`) and ATen's ways, as measured there (`_choosing`).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, reference
+from . import _aten, _checks, _choosing, _conv3x3_cpu, reference
+from ._choosing import Question, Way
+from ._conv3x3_fwd import Blocks, case_of, launch_conv3x3_fwd, ours
+from .bias_relu import launch_bias_relu_
 
-__all__ = ["conv3x3_relu", "conv3x3_relu_cat"]
+__all__ = ["conv3x3_relu", "conv3x3_relu_cat", "expect_convolvable", "question", "question_cat"]
+
+
+# the ways there are
+
+
+def question(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Question:
+    def ways() -> list[Way]:
+        found = [Way("ATen", reference.conv3x3_relu, False)]
+        if x.is_cuda:
+            found.append(Way("ATen, bias and ReLU in one pass", _aten_in_two, False))
+        if x.is_cuda and relu:
+            found.append(Way("cuDNN, fused", _cudnn_fused, False))
+        for blocks in ours(x, weight):
+            found.append(Way(str(blocks), functools.partial(launch_conv3x3_fwd, blocks=blocks), True))
+        return found
+
+    def cut(arguments: tuple[Any, ...], lines: int) -> tuple[Any, ...]:
+        return (arguments[0][:, :, :lines], *arguments[1:])
+
+    return Question("conv3x3_relu", case_of([x], weight, relu), ways, reference.conv3x3_relu, cut)
+
+
+def _aten_in_two(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return launch_bias_relu_(torch.nn.functional.conv2d(x, weight), bias, relu)
+
+
+def _cudnn_fused(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return torch.cudnn_convolution_relu(x, weight, bias, [1, 1], [0, 0], [1, 1], 1)
+
+
+def question_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Question:
+    # a window is left as it is: a fake tensor on a device that is not here cannot be cut
+    window = skip if skip.shape[2:] == up.shape[2:] else reference.crop_to(skip, up.shape[2], up.shape[3])
+
+    def ways() -> list[Way]:
+        found = [Way("ATen", reference.conv3x3_relu_cat, False)]
+        for blocks in ours(up, weight, window):
+            found.append(Way(str(blocks), functools.partial(_launch_cat, blocks=blocks), True))
+        return found
+
+    def cut(arguments: tuple[Any, ...], lines: int) -> tuple[Any, ...]:
+        up, skip, *rest = arguments
+        return (up[:, :, :lines], reference.crop_to(skip, up.shape[2], up.shape[3])[:, :, :lines], *rest)
+
+    return Question("conv3x3_relu_cat", case_of([up, window], weight, relu), ways, reference.conv3x3_relu_cat, cut)
+
+
+def _launch_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool, blocks: Blocks) -> Tensor:
+    return launch_conv3x3_fwd(up, weight, bias, relu, blocks, reference.crop_to(skip, up.shape[2], up.shape[3]))
+
+
+_plain = _aten.through_float32(reference.conv3x3_relu)
+
+
+def _plain_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return _plain(reference.crop_concat(up, skip), weight, bias, relu)
+
+
+# the operators
 
 
 @torch.library.custom_op("unet::conv3x3_relu", mutates_args=())
 @_checks.outside_autocast
 def _op(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    return reference.conv3x3_relu(x, weight, bias, relu)
+    return _choosing.computed(question, _plain, (x, weight, bias, relu))
 
 
 # a fake whose body is the ATen composite gets the strides right
@@ -33,7 +98,7 @@ _op.register_fake(_checks.outside_autocast(reference.conv3x3_relu))
 @torch.library.custom_op("unet::conv3x3_relu_cat", mutates_args=())
 @_checks.outside_autocast
 def _cat_op(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
+    return _choosing.computed(question_cat, _plain_cat, (up, skip, weight, bias, relu))
 
 
 _cat_op.register_fake(_checks.outside_autocast(reference.conv3x3_relu_cat))
@@ -52,67 +117,8 @@ def _masked(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
 
 def _derivatives(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
     """(dx, dweight, dbias) of the convolution of x."""
-    if not (x.device.type == "cpu" and needs[1] and _weight_is_large(x, weight)):
-        return _convolution_backward(dy, x, weight, needs)
-    dx = _convolution_backward(dy, x, weight, [True, False, False])[0] if needs[0] else None
-    derive = _weight_gradient if _few_pixels(x, weight) else _turned_weight_gradient
-    return dx, derive(dy, x, weight), dy.sum((0, 2, 3)) if needs[2] else None
-
-
-def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, [weight.shape[0]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needs
-    )
-
-
-def _weight_is_large(x: Tensor, weight: Tensor) -> bool:
-    """Whether the weight outweighs the maps: then the memory format of its gradient is what a CPU spends on.
-
-    ATen makes the gradient contiguous inside its own call and turns it there, three copies alive at once
-    (docs/findings/0002-weight-gradient-layout.md).
-    """
-    pitch = weight.stride(3)
-    # channels_last, or the channels of one map out of such a weight
-    channels_last = weight.stride() == (9 * pitch, 1, 3 * pitch, pitch) and pitch >= weight.shape[1]
-    # from what size on: ATen takes another way, without these copies, where all is small
-    least = 1 << 16 if _few_pixels(x, weight) else 1 << 18
-    return channels_last and 0 < x.numel() < weight.numel() and weight.numel() >= least
-
-
-def _few_pixels(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product costs less than ATen's weight gradient.
-
-    In time it wins on few pixels and loses little where the weight is small; in memory it wins up to about twice as
-    many pixels as channels.
-    """
-    pixels = x.shape[0] * (x.shape[2] - 2) * (x.shape[3] - 2)
-    return 2 * pixels <= 3 * weight.shape[0] and (pixels <= 64 or weight.numel() <= 1 << 20)
-
-
-def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """dweight written in channels_last at once: a row of taps is dY^T [C_out, pixels] times X [pixels, 3 C_in]."""
-    _, c_out, height, width = dy.shape
-    c_in = x.shape[1]
-    dweight = dy.new_empty((c_out, 3, 3 * c_in))
-    by_channel = dy.permute(1, 0, 2, 3).reshape(c_out, -1)
-    for r in range(3):
-        dweight[:, r] = by_channel @ _windows(x, r, height, width)
-    return dweight.view(c_out, 3, 3, c_in).permute(0, 3, 1, 2)
-
-
-def _turned_weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """ATen's, turned into the weight's strides after ATen's own copies of it are gone."""
-    # of the weight ATen needs the shape; as if it were contiguous, so that the gradient comes contiguous
-    c_in = weight.shape[1]
-    shape_only = weight.detach().as_strided(weight.shape, (9 * c_in, 9, 3, 1))
-    dweight = _convolution_backward(dy.contiguous(), x.contiguous(), shape_only, [False, True, False])[1]
-    return dweight.contiguous(memory_format=torch.channels_last)
-
-
-def _windows(x: Tensor, r: int, height: int, width: int) -> Tensor:
-    """[pixels, 3 C_in]: what the taps of row r see."""
-    seen = x[:, :, r : r + height].unfold(3, width, 1)  # [N, C_in, H, 3, W]
-    return seen.permute(0, 2, 4, 3, 1).reshape(x.shape[0] * height * width, -1)
+    of_device = _conv3x3_cpu.derivatives if x.device.type == "cpu" else _aten.convolution_backward
+    return of_device(dy, x, weight, needs)
 
 
 @_checks.outside_autocast
@@ -142,8 +148,9 @@ class _OnCPU(torch.autograd.Function):
     """The op's derivative without the op's dispatch."""
 
     @staticmethod
+    @_checks.outside_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = reference.conv3x3_relu(*inputs)
+        y = _conv3x3_cpu.conv3x3_relu(*inputs)
         # called here: autograd's own hook for it binds signatures, which costs more than a small convolution
         _setup(ctx, inputs, y)
         return y
@@ -155,8 +162,9 @@ class _CatOnCPU(torch.autograd.Function):
     """Likewise."""
 
     @staticmethod
+    @_checks.outside_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = reference.conv3x3_relu_cat(*inputs)
+        y = _plain_cat(*inputs)
         _setup(ctx, inputs, y)
         return y
 
@@ -186,18 +194,13 @@ def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) 
     >>> y.shape
     torch.Size([1, 64, 570, 570])
     """
-    _checks.expect_float("x", x, "N, C_in, H, W")
-    _expect_parameters(weight, bias, x.shape[1], "the channels of x")
-    _expect_room("x", x)
-    x, weight, bias = _checks.autocast(x, weight, bias)
-    _checks.expect_like("weight", weight, "x", x)
-    _checks.expect_like("bias", bias, "x", x)
+    x, weight, bias = expect_convolvable(x, weight, bias)
     if _checks.transformed():
         return reference.conv3x3_relu(x, weight, bias, relu)
     call: Callable[..., Tensor] = _op
-    if _checks.ordinary_on_cpu(x):
+    if _choosing.ordinary_on_cpu(x):
         # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
-        call = _OnCPU.apply if _weight_is_large(x, weight) else reference.conv3x3_relu
+        call = _OnCPU.apply if _conv3x3_cpu.has_a_better_derivative(x, weight) else reference.conv3x3_relu
     return _with_relu(call, (x, weight, bias), bool(relu))
 
 
@@ -230,7 +233,9 @@ def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, 
         _checks.expect_like(name, value, "up", up)
     if _checks.transformed():
         return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
-    return _with_relu(_CatOnCPU.apply if _checks.ordinary_on_cpu(up) else _cat_op, (up, skip, weight, bias), bool(relu))
+    return _with_relu(
+        _CatOnCPU.apply if _choosing.ordinary_on_cpu(up) else _cat_op, (up, skip, weight, bias), bool(relu)
+    )
 
 
 def _with_relu(call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: bool) -> Tensor:
@@ -243,6 +248,21 @@ def _with_relu(call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: b
     if relu and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return call(*tensors, False).relu_()
     return call(*tensors, relu)
+
+
+def expect_convolvable(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """The three that fit each other, as autocast would have them.
+
+    Raises:
+        TypeError, ValueError: as for `conv3x3_relu`.
+    """
+    _checks.expect_float("x", x, "N, C_in, H, W")
+    _expect_parameters(weight, bias, x.shape[1], "the channels of x")
+    _expect_room("x", x)
+    x, weight, bias = _checks.autocast(x, weight, bias)
+    _checks.expect_like("weight", weight, "x", x)
+    _checks.expect_like("bias", bias, "x", x)
+    return x, weight, bias
 
 
 def _expect_parameters(weight: Tensor, bias: Tensor, channels: int, whose: str) -> None:

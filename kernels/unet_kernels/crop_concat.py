@@ -8,13 +8,12 @@ torch.cat would give. Nothing is accumulated and nothing saved but shapes. Traff
 One program copies BLOCK_W pixels of one row times BLOCK_C channels, all of them from one of the two maps.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, _triton, reference
+from . import _checks, _layout, _triton, reference
 from ._triton import jit, tl
 
 __all__ = ["crop_concat", "launch_crop_concat_fwd"]
@@ -62,7 +61,7 @@ def blocks(C_up: int, C_skip: int, channels_last: bool) -> tuple[int, int]:
 def launch_crop_concat_fwd(up: Tensor, skip: Tensor) -> Tensor:
     N, C_up, H, W = up.shape
     C_skip = skip.shape[1]
-    channels_last = _suggests_channels_last(up) and _suggests_channels_last(skip)
+    channels_last = _layout.suggests_channels_last(up) and _layout.suggests_channels_last(skip)
     y = torch.empty(
         (N, C_up + C_skip, H, W),
         dtype=up.dtype,
@@ -84,22 +83,6 @@ def launch_crop_concat_fwd(up: Tensor, skip: Tensor) -> Tensor:
             BLOCK_W=BLOCK_W, BLOCK_C=BLOCK_C, num_warps=4,
         )  # fmt: skip
     return y
-
-
-def _suggests_channels_last(t: Tensor) -> bool:
-    """Whether ATen reads t's strides as channels_last; a view that is not dense counts, an ambiguous one does not."""
-    smallest = 0
-    shape: Sequence[int] = t.shape
-    strides = t.stride()
-    if strides[1] == 0:
-        return False
-    for axis in (1, 3, 2, 0):
-        if shape[axis] == 0 or strides[axis] < smallest:
-            return False
-        if axis == 0 and smallest == strides[1]:
-            return False
-        smallest = strides[axis] * max(shape[axis], 1)
-    return True
 
 
 @torch.library.custom_op("unet::crop_concat", mutates_args=())

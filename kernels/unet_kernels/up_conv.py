@@ -10,27 +10,177 @@ repeated once more so that nothing is invented and 2H x 2W comes out. The double
 the taps that fall on one source pixel summed beforehand. That is 9 taps a source pixel instead of 16. (On a plain CPU
 tensor smaller than its weight the expression itself is cheaper, and is what runs.)
 Derivation: docs/mathematics.md, section 3.
+
+`_fwd_kernel` does both: a program makes BLOCK_N channels of one phase (a, b) of BLOCK_P source pixels, a product of
+[BLOCK_P, C_in] and [C_in, BLOCK_N] for each of the phase's taps, and stores each row where the phase has its pixels:
+every second one of every second line.
 """
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _checks, reference
+from . import _aten, _checks, _choosing, _layout, _triton, reference
+from ._choosing import Question, Way
+from ._triton import jit, tl
 
-__all__ = ["up_conv"]
+__all__ = ["launch_up_conv_fwd", "question", "up_conv"]
 
 # the one with all four taps first: it alone sees the weight as it is, and so chooses ATen's memory format
 PHASES = ((1, 1), (1, 0), (0, 1), (0, 0))
 
 
+@jit
+def _fwd_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, weight_ptr, bias_ptr, y_ptr,
+    H, W, pixels, C_in, C_out,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    stride_wt, stride_wi, stride_wo,
+    stride_yn, stride_yc, stride_yh, stride_yw,
+    RESIZE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # weight: one [C_in, C_out] matrix per phase, or per phase and tap: 1 + 2 + 2 + 4 of them
+    blocks_n = tl.cdiv(C_out, BLOCK_N)
+    i = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    co = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    phase = tl.program_id(1)
+    a, b = phase // 2, phase % 2
+    p = tl.minimum(i, pixels - 1)
+    n, h, w = (p // W // H).to(tl.int64), (p // W % H).to(tl.int64), (p % W).to(tl.int64)
+    x_rows = x_ptr + (n * stride_xn + h * stride_xh + w * stride_xw)[:, None]  # [BLOCK_P, 1]
+    w_columns = weight_ptr + (tl.minimum(co, C_out - 1).to(tl.int64) * stride_wo)[None, :]  # [1, BLOCK_N]
+    if RESIZE:
+        # the last line (column) is repeated: a step beyond it leads nowhere
+        down = tl.where(h < H - 1, stride_xh, 0)[:, None]
+        right = tl.where(w < W - 1, stride_xw, 0)[:, None]
+        taps = (1 + a) * (1 + b)
+        first = phase * (phase + 1) // 2 - phase // 3
+    else:
+        taps = 1
+        first = phase
+    blocks_k = tl.cdiv(C_in, BLOCK_K)
+    acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for k in range(taps * blocks_k):
+        tap = k // blocks_k
+        c = k % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        x_at = x_rows + (c.to(tl.int64) * stride_xc)[None, :]
+        if RESIZE:
+            x_at += tap // (1 + b) * down + tap % (1 + b) * right
+        w_at = w_columns + tl.cast(first + tap, tl.int64) * stride_wt + (c.to(tl.int64) * stride_wi)[:, None]
+        if EVEN:
+            x, weight = tl.load(x_at), tl.load(w_at)
+        else:
+            x = tl.load(x_at, mask=(c < C_in)[None, :], other=0.0)
+            weight = tl.load(w_at, mask=(c < C_in)[:, None], other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision=PRECISION)
+    acc += tl.load(bias_ptr + co, mask=co < C_out, other=0.0).to(tl.float32)[None, :]
+    y_rows = y_ptr + (n * stride_yn + (2 * h + a) * stride_yh + (2 * w + b) * stride_yw)[:, None]
+    y_at = y_rows + (co.to(tl.int64) * stride_yc)[None, :]
+    tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=(i < pixels)[:, None] & (co < C_out)[None, :])
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What a program makes: BLOCK_P source pixels times BLOCK_N channels, BLOCK_K channels a step."""
+
+    BLOCK_P: int
+    BLOCK_N: int
+    BLOCK_K: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"pointers {self.BLOCK_P}x{self.BLOCK_N}x{self.BLOCK_K}, {self.warps} warps, {self.stages} stages"
+
+
+# what compiles without spills on every chip, the most promising first
+_TABLE = {
+    "16 bits": (Blocks(128, 128, 64, 8, 3), Blocks(128, 64, 64, 4, 3), Blocks(64, 128, 64, 4, 3)),
+    "tf32": (Blocks(128, 64, 32, 4, 3), Blocks(64, 64, 32, 4, 3)),
+    "ieee": (Blocks(64, 64, 32, 4, 3),),
+}
+
+
+def blocks_for(dtype: torch.dtype, precision: str, C_in: int, C_out: int) -> list[Blocks]:
+    found = []
+    for blocks in _TABLE[precision if dtype == torch.float32 else "16 bits"]:
+        BLOCK_N, BLOCK_K = (
+            min(block, max(16, 1 << (channels - 1).bit_length()))
+            for block, channels in ((blocks.BLOCK_N, C_out), (blocks.BLOCK_K, C_in))
+        )
+        found.append(Blocks(blocks.BLOCK_P, BLOCK_N, BLOCK_K, blocks.warps, blocks.stages))
+    return list(dict.fromkeys(found))
+
+
+def launch_up_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor, mode: str, blocks: Blocks) -> Tensor:
+    N, C_in, H, W = x.shape
+    C_out = weight.shape[1 if mode == "deconv" else 0]
+    y = _layout.empty_convolved((N, C_out, 2 * H, 2 * W), weight, x)
+    if y.numel() == 0:
+        return y
+    if mode == "deconv":
+        taps, axes = _as_matrices(weight), (0, 1, 2)
+    else:
+        taps, axes = _summed_by_phase(weight), (0, 2, 1)
+    pixels = N * H * W
+    # one program per block of source pixels and channels, per phase
+    grid = (-(-pixels // blocks.BLOCK_P) * -(-C_out // blocks.BLOCK_N), 4)
+    with _triton.on_device(x):
+        _fwd_kernel[grid](
+            x, taps, bias, y, H, W, pixels, C_in, C_out,
+            *x.stride(), *(taps.stride(axis) for axis in axes), *y.stride(),
+            RESIZE=mode == "resize", EVEN=C_in % blocks.BLOCK_K == 0, PRECISION=_triton.precision(x.dtype),
+            BLOCK_P=blocks.BLOCK_P, BLOCK_N=blocks.BLOCK_N, BLOCK_K=blocks.BLOCK_K,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    return y
+
+
+def _as_matrices(weight: Tensor) -> Tensor:
+    """weight [C_in, C_out, 2, 2] as [phase, C_in, C_out]: a view, where it lies in one of ATen's two formats."""
+    return weight.permute(2, 3, 0, 1).flatten(0, 1)
+
+
+def _summed_by_phase(weight: Tensor) -> Tensor:
+    """The nine matrices [C_out, C_in] of the four phases, one behind the other in the order of phases and taps."""
+    in_order = ((0, 0), (0, 1), (1, 0), (1, 1))
+    return torch.cat([_summed(weight, a, b).permute(2, 3, 0, 1).flatten(0, 1) for a, b in in_order])
+
+
+def question(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Question:
+    C_in, C_out = x.shape[1], weight.shape[1 if mode == "deconv" else 0]
+
+    def ways() -> list[Way]:
+        found = [Way("ATen", reference.up_conv, False)]
+        if mode == "resize":
+            found.append(Way("ATen, by phase", _by_phase, False))
+        for blocks in blocks_for(x.dtype, _triton.precision(x.dtype), C_in, C_out):
+            found.append(Way(str(blocks), functools.partial(launch_up_conv_fwd, blocks=blocks), True))
+        return found
+
+    def cut(arguments: tuple[Any, ...], lines: int) -> tuple[Any, ...]:
+        return (arguments[0][:, :, :lines], *arguments[1:])
+
+    pixels = _choosing.octave(x.shape[0] * x.shape[2] * x.shape[3])
+    laid_out = "channels_last" if _layout.pitch(x) else "other strides"
+    case = f"{mode}, {C_in} -> {C_out}, {pixels}, {_choosing.arithmetic(x.dtype)}, {laid_out}"
+    return Question("up_conv", case, ways, reference.up_conv, cut)
+
+
 @torch.library.custom_op("unet::up_conv", mutates_args=())
 @_checks.outside_autocast
 def _op(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
-    if mode == "deconv":
-        return reference.up_conv(x, weight, bias, mode)
+    # without a choice, by phase: the doubled map is four times the one it is made of
+    plain = reference.up_conv if mode == "deconv" else _by_phase
+    return _choosing.computed(question, _aten.through_float32(plain), (x, weight, bias, mode))
+
+
+def _by_phase(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
     padded = F.pad(x, (0, 1, 0, 1), mode="replicate")
     height, width = x.shape[-2:]
     phases = [F.conv2d(_seen(padded, a, b, height, width), _summed(weight, a, b), bias) for a, b in PHASES]
@@ -77,23 +227,20 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     if ctx.mode == "deconv":
-        gradients = torch.ops.aten.convolution_backward(
-            dy, x, weight, [weight.shape[1]], [2, 2], [0, 0], [1, 1], True, [0, 0], 1, needs
-        )
-        return (*gradients, None)
+        return (*_aten.convolution_backward(dy, x, weight, needs, stride=2, transposed=True), None)
     dx, dweight = _resize_backward(dy, x, weight, needs)
     return dx, dweight, dy.sum((0, 2, 3)) if needs[2] else None, None
 
 
+# as a whole: its parts add up in float32
+@_aten.through_float32
 def _resize_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor | None, Tensor | None]:
     height, width = x.shape[-2:]
     padded = F.pad(x, (0, 1, 0, 1), mode="replicate")
     dpadded, dweight = torch.zeros_like(padded), torch.zeros_like(weight)
     for a, b in PHASES:
         taps, seen = _summed(weight, a, b), _seen(padded, a, b, height, width)
-        dseen, dtaps, _ = torch.ops.aten.convolution_backward(
-            dy[:, :, a::2, b::2], seen, taps, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [*needs[:2], False]
-        )
+        dseen, dtaps, _ = _aten.convolution_backward(dy[:, :, a::2, b::2], seen, taps, [*needs[:2], False])
         if needs[0]:
             _seen(dpadded, a, b, height, width).add_(dseen)
         if needs[1]:
@@ -149,7 +296,8 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor, *, mode: str) -> Tensor:
     _checks.expect_like("bias", bias, "x", x)
     if _checks.transformed():
         return reference.up_conv(x, weight, bias, mode)
+    ordinary = _choosing.ordinary_on_cpu(x) and not _aten.is_narrow(x)
     # four products with sums of a weight that is larger than the map cost more than doubling the map
-    if _checks.ordinary_on_cpu(x) and (mode == "deconv" or x.numel() < weight.numel()):
+    if ordinary and (mode == "deconv" or x.numel() < weight.numel()):
         return reference.up_conv(x, weight, bias, mode)
     return _op(x, weight, bias, mode)

@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +18,11 @@ import torch
 
 import unet_kernels
 from benchmarks import gpu_report, harness
-from benchmarks.levels import concats, layers
+from benchmarks.cases import calls, cases, inputs, results
+from benchmarks.levels import PAPER_FEATURES, concats, layers
 from benchmarks.machine import ROOT, machine
 from benchmarks.plain_unet import PlainUNet
+from benchmarks.predicted import predicted_us
 from benchmarks.report import Report
 from benchmarks.sections import Context, Failed, Section, Skipped, correctness, discover, environment
 from unet_fast import FastUNet
@@ -60,9 +64,8 @@ def on_disk(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_every_section_of_the_first_gpu_run_is_found_in_order():
     names = [s.name for s in discover()]
-    first = ["environment", "correctness", "roof", "crop_concat", "bias_relu", "layers"]
-    assert [name for name in names if name in first] == first
-    assert names[-1] == "whole_net", "it takes all the time that is left"
+    first = ["environment", "correctness", "roof", "layers", "whole_net"]
+    assert names[: len(first)] == first, "what says the most comes first: the last sections may find no time"
 
 
 def test_a_new_module_is_a_section_and_a_broken_one_is_seen(tmp_path, monkeypatch):
@@ -337,6 +340,44 @@ def test_the_clock_waits_for_cuda_only_where_it_is_in_use(monkeypatch):
         monkeypatch.setattr(torch, "cuda", fake)
         assert harness.gpu_clock() > 0
     assert waited == [1]
+
+
+# layers as the net calls them
+
+
+def test_the_net_has_so_many_layers_of_each_kind():
+    found = list(cases(572, PAPER_FEATURES))
+    counts = {"conv3x3_relu": 10, "conv3x3_relu_cat": 4, "conv3x3_relu_pool": 4, "up_conv": 4, "conv1x1": 1}
+    assert Counter(case.op for case in found) == counts
+    # what of each skip the way up sees, figure 1 of the paper
+    assert [case.window for case in found if case.window] == [392, 200, 104, 56]
+
+
+@pytest.mark.parametrize("op", ["conv3x3_relu", "conv3x3_relu_cat", "conv3x3_relu_pool", "up_conv", "conv1x1"])
+def test_a_layer_in_plain_torch_and_by_our_op_is_the_same(op):
+    case = next(case for case in cases(188, (4, 8, 8, 16, 16)) if case.op == op)
+    maps, weight, bias = inputs(case, torch.float64, torch.device("cpu"))
+    _, by_torch, by_us = calls(case, maps, weight, bias)
+    for ours, theirs in zip(results(by_us()), results(by_torch()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_no_layer_is_predicted_to_beat_its_floor():
+    total = 0.0
+    for case in cases(572, PAPER_FEATURES):
+        us = predicted_us(case, 790.0, 4300.0, 132)
+        assert us > case.layer.flops / 790e6
+        total += us
+    assert 381 < total < 700
+
+
+def test_a_layer_that_is_slower_than_torchs_fails_the_section(context, monkeypatch):
+    row = {"layer": "level0", "dtype": "bfloat16", "spread": "0.80..0.90", "slower": True}
+    row |= dict.fromkeys(("floor_us", "conv_us", "torch_us", "ours_us"), 1.0)
+    section = import_module("benchmarks.sections.layers")
+    monkeypatch.setattr(section, "_row", lambda *_: row)
+    with pytest.raises(Failed, match=r"layers are slower than torch's: level0, bfloat16: 0.80..0.90"):
+        section.run(replace(context, smoke=False))
 
 
 # the whole of it

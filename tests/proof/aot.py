@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-__all__ = ["CHIPS", "ELEMENTWISE_CHIPS", "Budget", "Compiled", "Launch", "compiled", "recorded"]
+__all__ = ["CHIPS", "ELEMENTWISE_CHIPS", "Budget", "Compiled", "Launch", "all_recorded", "compiled", "recorded"]
 
 # compute capability -> bytes of shared memory one block may have
 SHARED_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448}
@@ -70,6 +70,17 @@ class Compiled:
         """How often a SASS instruction (a regular expression, such as r"LDG\\.E\\.128") occurs."""
         return len(re.findall(instruction, self.sass))
 
+    def loop(self, instruction: str) -> str:
+        """The innermost loop that an instruction occurs in, as SASS; "" if it occurs in none."""
+        lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", self.sass)]
+        places = [at for at, text in lines if re.search(instruction, text)]
+        jumps = [(int(to[1], 16), at) for at, text in lines if (to := re.search(r"\bBRA\S*\s.*?(0x[0-9a-f]+)", text))]
+        around = [(to, at) for to, at in jumps if to <= at and any(to <= place <= at for place in places)]
+        if not around:
+            return ""
+        first, last = min(around, key=lambda span: span[1] - span[0])
+        return "\n".join(text for at, text in lines if first <= at <= last)
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -80,6 +91,10 @@ class Budget:
     shared_bytes: int | None = None
     must_have: tuple[str, ...] = ()
     must_not_have: tuple[str, ...] = ()
+    # an instruction of the main loop, and what else must (not) be in the innermost loop around it
+    main_loop: str = ""
+    loop_must_have: tuple[str, ...] = ()
+    loop_must_not_have: tuple[str, ...] = ()
 
     def check(self, code: Compiled) -> None:
         """Raise AssertionError with everything that is over."""
@@ -95,15 +110,19 @@ class Budget:
         ]
         over += [f"no {wanted}" for wanted in self.must_have if not code.count(wanted)]
         over += [f"{code.count(banned)} x {banned}" for banned in self.must_not_have if code.count(banned)]
+        if self.main_loop:
+            loop = code.loop(self.main_loop)
+            over += [] if loop else [f"{self.main_loop} is in no loop"]
+            over += [f"no {wanted} in the main loop" for wanted in self.loop_must_have if not re.search(wanted, loop)]
+            over += [f"{banned} in the main loop" for banned in self.loop_must_not_have if re.search(banned, loop)]
         assert not over, f"sm_{code.capability}: " + "; ".join(over)
 
 
 class _Recorder:
     """Stands where the kernel stands, and notes what it is asked to do."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.launches: list[Launch] = []
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*args: Any, **kwargs: Any) -> None:
@@ -118,11 +137,18 @@ class _Recorder:
 
 def recorded(module: ModuleType, kernel: str, call: Callable[[], Any]) -> list[Launch]:
     """The launches of `module.<kernel>` that `call` makes; nothing runs, so its tensors may be on the meta device."""
-    recorder = _Recorder(getattr(module, kernel))
-    with mock.patch.object(module, kernel, recorder):
+    launches = [launch for launch in all_recorded(module, call) if launch.kernel is getattr(module, kernel)]
+    assert launches, f"{kernel} was not launched"
+    return launches
+
+
+def all_recorded(module: ModuleType, call: Callable[[], Any]) -> list[Launch]:
+    """Likewise the launches of every kernel in `module`."""
+    launches: list[Launch] = []
+    kernels = {name: value for name, value in vars(module).items() if hasattr(value, "arg_names")}
+    with mock.patch.multiple(module, **{name: _Recorder(value, launches) for name, value in kernels.items()}):
         call()
-    assert recorder.launches, f"{kernel} was not launched"
-    return recorder.launches
+    return launches
 
 
 def compiled(launch: Launch, capability: int) -> Compiled:
@@ -135,7 +161,7 @@ def compiled(launch: Launch, capability: int) -> Compiled:
         signature[name] = "constexpr" if constexpr or value is None else _type(value)
         if signature[name] == "constexpr":
             constants[(i,)] = value
-        elif _divisible(value):
+        elif not hasattr(value, "block_shape") and _divisible(value):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
@@ -157,6 +183,8 @@ def _divisible(value: Any) -> bool:
 def _type(value: Any) -> str:
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, float):

@@ -105,6 +105,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 @contextmanager
 def watched() -> Iterator[Watch]:
     """Watch the launches of the block; under the interpreter only."""
+    import triton.language as tl
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
     watch = Watch()
@@ -123,14 +124,15 @@ def watched() -> Iterator[Watch]:
 
     def inside(builder: Any, pointers: Any, mask: Any, kind: str) -> Any:
         size = pointers.get_element_ty().primitive_bitwidth // 8
-        kept = watch.touch(pointers.data, mask.data, max(size, 1), program(builder), kind)
-        return TensorHandle(kept, mask.dtype)
+        # a box of a descriptor comes with a mask in numpy's own form
+        asked = mask.data if isinstance(mask, TensorHandle) else mask
+        return TensorHandle(watch.touch(pointers.data, asked, max(size, 1), program(builder), kind), tl.int1)
 
-    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        return load(self, pointers, inside(self, pointers, mask, "read"), *rest)
+    def watched_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        return load(self, pointers, inside(self, pointers, mask, "read"), *rest, **named)
 
-    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        return store(self, pointers, value, inside(self, pointers, mask, "written"), *rest)
+    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        return store(self, pointers, value, inside(self, pointers, mask, "written"), *rest, **named)
 
     def watched_atomic(self: Any, op: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         return atomic(self, op, pointers, value, inside(self, pointers, mask, "updated atomically"), *rest)

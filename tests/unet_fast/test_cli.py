@@ -68,6 +68,17 @@ def test_doctor_tells_a_reader_what_runs_where() -> None:
     assert not done.stderr
 
 
+def test_doctor_tells_what_each_layer_would_run_on_a_chip_that_is_not_here() -> None:
+    done = _run("doctor", "--layers", "--features", "16,32", "--tile", "60", "--chip", "sm_90", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["layer"] for row in found["layers"]][:2] == ["down.0.conv1", "down.0.conv2"]
+    assert found["device"] == "sm_90"
+    done = _run("doctor", "--layers", "--features", "16,32", "--tile", "61", "--chip", "sm_90")
+    assert done.returncode == 3
+    assert "tile 61 cannot be pooled" in done.stderr
+
+
 def test_the_package_itself_is_light() -> None:
     program = (
         "import sys, unet_fast; assert 'torch' not in sys.modules; unet_fast.FastUNet; assert 'torch' in sys.modules"

@@ -319,6 +319,18 @@ def test_a_real_net_that_is_measured_takes_about_what_it_counts() -> None:
     assert 0.9 * counted < found < 4 * counted
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(Meter(torch.device("cpu")).peak() is None, reason="needs /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_net_takes_no_more_than_it_is_forecast_to(dtype: torch.dtype) -> None:
+    model = grey_net((16, 32, 32)).to(dtype)
+    tile = torch.rand(1, 1, 412, 412).to(dtype)
+    with torch.no_grad():
+        taken = Meter(torch.device("cpu")).measure(lambda: model(tile), calls=2).bytes
+    assert taken is not None
+    assert taken <= fitting._Need(model, source_of(1, 1, 900, 700), 1, 0)._counted(412, 1)
+
+
 def test_where_nothing_can_be_measured_a_tile_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "Meter", lambda _: SimpleNamespace(measure=lambda *_, **__: Measured(None, 0.1)))
     with pytest.raises(BadInput, match="memory cannot be measured on this system for such a model; give tile_in"):

@@ -249,12 +249,24 @@ def test_another_error_is_not_taken_for_it(error: BaseException) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_roof_is_the_faster_of_product_and_convolution(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    product, convolution = 2 * 2048**3, 2 * 9 * 256**2 * 64**2
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_roof_is_the_faster_of_product_and_convolution(
+    by_hand: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "_has_no_unit_for", lambda dtype: by_hand)
+    n, channels, side = (512, 64, 32) if by_hand else (2048, 256, 64)
+    product, convolution = 2 * n**3, 2 * 9 * channels**2 * side**2
     for seconds, best in (((1.0, 1.0), product), ((10.0, 1.0), convolution)):
         each = iter(seconds)
         monkeypatch.setattr(Meter, "measure", lambda *_, each=each, **__: Measured(None, next(each)))
         assert roof_tflops(CPU, dtype) == pytest.approx(best / 1e12)
+
+
+def test_float32_has_a_unit_everywhere_and_what_is_slow_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not measuring._has_no_unit_for(torch.float32)
+    clock = iter(range(100))
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
+    assert measuring._has_no_unit_for(torch.float32)
 
 
 def test_the_roofs_works_run_and_leave_the_precision_of_products_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

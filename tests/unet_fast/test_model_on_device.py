@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import unet_kernels as uk
+from tests.proof.yardstick import assert_as_close_as
 from tests.unet_fast.plain_unet import PlainUNet
-from unet_fast import ElasticWarp, FastUNet, TrainConfig, geometry, predict, synthetic, train
+from unet_fast import ElasticWarp, FastUNet, Replayed, TrainConfig, geometry, predict, synthetic, train
 from unet_fast.files import write_tiff
 
 FEATURES = (8, 16, 32)
@@ -50,6 +51,36 @@ def test_autocast_trains(dtype: torch.dtype, device: torch.device) -> None:
     for parameter in fast.parameters():
         assert parameter.grad.isfinite().all()
         assert parameter.grad.stride() == parameter.stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernels", ["automatic", "ours"])
+@pytest.mark.parametrize("up_mode", ["deconv", "resize"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_forward_is_as_near_as_the_plain_nets(
+    dtype: torch.dtype, up_mode: str, kernels: str, device: torch.device
+) -> None:
+    fast, plain, x = _pair(device, dtype, up_mode)
+    with torch.no_grad(), uk.using(kernels), uk.recorded() as record:
+        got = fast(x)
+    with torch.no_grad():
+        want, exact = plain(x), plain.double()(x.double())
+    assert_as_close_as(want, got, exact)
+    if kernels == "ours":
+        assert not any("ATen" in way or way == "apart" for _, _, way in record)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_replayed_as_a_graph_it_gives_the_same_bits(dtype: torch.dtype, device: torch.device) -> None:
+    fast, _, x = _pair(device, dtype, "deconv")
+    replayed = Replayed(fast.eval(), after=2)
+    with torch.no_grad(), uk.by_device_time():
+        for _ in range(20):
+            other = torch.rand_like(x)
+            assert torch.equal(replayed(other), fast(other))
+    assert not replayed.refused
+    assert replayed._graph is not None
 
 
 @pytest.mark.gpu

@@ -95,11 +95,16 @@ def _case(op: str, make: Any, differentiable: tuple[str, ...], **settings: Any) 
     return Case(op, getattr(uk, op), make, settings, differentiable)
 
 
+def _conv1x1(dtype: torch.dtype) -> dict[str, Tensor]:
+    return _conv(dtype) | {"weight": torch.randn(4, 3, 1, 1).to(dtype)}
+
+
 _XWB = ("x", "weight", "bias")
 CASES: dict[str, Case] = {
     "conv3x3_relu": _case("conv3x3_relu", _conv, _XWB),
     "conv3x3_relu without relu": _case("conv3x3_relu", _conv, _XWB, relu=False),
     "conv3x3_relu_cat": _case("conv3x3_relu_cat", _cat, ("up", "skip", "weight", "bias")),
+    "conv1x1": _case("conv1x1", _conv1x1, _XWB),
     "up_conv deconv": _case("up_conv", _up, _XWB, mode="deconv"),
     "up_conv resize": _case("up_conv", _up, _XWB, mode="resize"),
     "max_pool2x2": _case("max_pool2x2", lambda d: {"x": _conv(d)["x"]}, ("x",)),

@@ -10,6 +10,7 @@ from torch import Tensor
 import unet_kernels as uk
 from tests.proof.memory import LAYOUTS, awkward
 from tests.proof.yardstick import assert_as_close_as, assert_gradient, assert_same_bits
+from unet_kernels import _conv3x3_cpu, reference
 
 # N, C_in, H, W, C_out
 CASES = {
@@ -72,29 +73,57 @@ def test_gradients_are_as_near_as_torchs(case: str, layout: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("cat", [False, True], ids=["one map", "two maps"])
-@pytest.mark.parametrize(("side", "way"), [(6, "_weight_gradient"), (24, "_turned_weight_gradient"), (50, "")])
+@pytest.mark.parametrize(
+    ("side", "way", "wide"),
+    [(6, "_product", True), (24, "_turned", True), (50, "", True), (24, "_product", False), (50, "_product", False)],
+)
 def test_every_way_to_the_weight_gradient_is_the_derivative(
-    side: int, way: str, cat: bool, monkeypatch: pytest.MonkeyPatch
+    side: int, way: str, wide: bool, cat: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from importlib import import_module
-
-    module, taken = import_module("unet_kernels.conv3x3_relu"), []
-    for name in ("_weight_gradient", "_turned_weight_gradient"):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *t, name=name, real=real: taken.append(name) or real(*t))
+    taken = []
+    monkeypatch.setattr(_conv3x3_cpu, "WIDE_VECTORS", wide)
+    for name in ("_product", "_turned"):
+        real = getattr(_conv3x3_cpu, name)
+        monkeypatch.setattr(_conv3x3_cpu, name, lambda *t, name=name, real=real: taken.append(name) or real(*t))
     c_in = 256 if cat else 128
-    x = awkward(torch.randn(1, c_in, side, side, dtype=torch.float64), "channels_last")
-    weight, bias = torch.randn(256, c_in, 3, 3, dtype=torch.float64), torch.randn(256, dtype=torch.float64)
+    # narrow vectors are a matter of float32: whole numbers, whose sums are exact
+    dtype = torch.float64 if wide else torch.float32
+    x = awkward(torch.randn(1, c_in, side, side, dtype=dtype), "channels_last")
+    weight, bias = torch.randn(256, c_in, 3, 3, dtype=dtype), torch.randn(256, dtype=dtype)
+    if dtype == torch.float32:
+        x, weight, bias = x.round(), weight.round(), bias.round()
     maps = [x[:, :128], x[:, 128:]] if cat else [x]
     tensors = [*maps, awkward(weight, "channels_last"), bias]
     spelled_out = (lambda a, b, *rest: _torchs(torch.cat([a, b], 1), *rest)) if cat else _torchs
     ours = uk.conv3x3_relu_cat if cat else uk.conv3x3_relu
-    dy = torch.randn_like(spelled_out(*tensors))
+    dy = torch.randn_like(spelled_out(*tensors)).round()
     pairs = list(zip(*(_gradients(f, tensors, dy) for f in (spelled_out, ours)), strict=True))
     for a, b in pairs:
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
     assert set(taken) == ({way} if way else set())
     assert pairs[len(maps)][1].stride() == tensors[len(maps)].stride()
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_weight_that_costs_more_to_turn_than_to_use_is_used_as_it_lies(batch: int, relu: bool) -> None:
+    x = awkward(torch.randn(batch, 1024, 6, 5), "channels_last")
+    weight, bias = awkward(torch.randn(512, 1024, 3, 3) / 96, "channels_last"), torch.randn(512)
+    assert _conv3x3_cpu._turning_costs_more(x, weight)
+    got, want = uk.conv3x3_relu(x, weight, bias, relu=relu), reference.conv3x3_relu(x, weight, bias, relu)
+    assert_as_close_as(want, got, reference.conv3x3_relu(x.double(), weight.double(), bias.double(), relu))
+    assert got.stride() == want.stride()
+    dy = torch.randn_like(want)
+    exact = _gradients(lambda *t: reference.conv3x3_relu(*t, relu), [t.double() for t in (x, weight, bias)], dy)
+    pairs = (
+        _gradients(lambda *t, f=f: f(*t, relu=relu), [x, weight, bias], dy)
+        for f in (reference.conv3x3_relu, uk.conv3x3_relu)
+    )
+    for a, b, c in zip(*pairs, exact, strict=True):
+        assert_gradient(a, b, c)
+    # a contiguous weight, or more pixels, are ATen's
+    assert not uk.conv3x3_relu(x, weight.contiguous(), bias).isnan().any()
+    assert not _conv3x3_cpu._turning_costs_more(awkward(torch.randn(1, 1024, 17, 17), "channels_last"), weight)
 
 
 def test_what_needs_no_relu_keeps_no_output() -> None:

@@ -12,7 +12,7 @@ from tests.proof.memory import LAYOUTS, awkward, guarded_launch
 from tests.proof.order import assert_order_does_not_matter
 from tests.proof.properties import given, st
 from tests.proof.yardstick import assert_same_bits
-from unet_kernels import reference
+from unet_kernels import _layout, reference
 from unet_kernels.crop_concat import launch_crop_concat_fwd
 
 # N, C_up, C_skip, H, W, H_skip, W_skip
@@ -145,10 +145,9 @@ def test_skips_gradient_is_zero_outside_the_window() -> None:
 
 @pytest.mark.parametrize("layouts", [(a, b) for a in LAYOUTS for b in LAYOUTS], ids=" and ".join)
 def test_the_launcher_foresees_torchs_strides(layouts: tuple[str, str]) -> None:
-    module = _module()
     for shape in ((2, 3, 4, 5), (1, 1, 4, 5), (2, 3, 1, 1), (1, 4, 1, 5)):
         up, skip = (awkward(torch.rand(shape), layout) for layout in layouts)
-        both = module._suggests_channels_last(up) and module._suggests_channels_last(skip)
+        both = _layout.suggests_channels_last(up) and _layout.suggests_channels_last(skip)
         want = torch.empty(
             (shape[0], 2 * shape[1], *shape[2:]), memory_format=torch.channels_last if both else torch.contiguous_format
         )

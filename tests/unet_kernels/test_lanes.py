@@ -74,14 +74,17 @@ def test_on_a_gpu_the_lane_is_what_the_op_itself_asks(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert uk.lane("crop_concat", device, torch.float16) == ("triton", "our kernel")
     assert uk.lane("crop_concat", device, torch.float64) == ("torch", "float64 is left to torch")
-    assert uk.lane("conv3x3_relu", device)[0] == "torch"
+    for op in ("conv3x3_relu", "conv3x3_relu_cat", "conv3x3_relu_pool", "up_conv", "conv1x1", "max_pool2x2"):
+        assert uk.lane(op, device) == ("measured", "ours or ATen's, whichever is faster for the shape")
     for op in ("weighted_cross_entropy", "head_cross_entropy", "elastic_warp", "cut_gap", "border_weight"):
         assert uk.lane(op, device) == ("triton", "our kernel")
     # ids are no floats: the dtype of a net does not matter to them
     assert uk.lane("border_weight", device, torch.float64) == ("triton", "our kernel")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert uk.lane("weighted_cross_entropy", device) == ("triton", "our kernel")
-    assert uk.lane("head_cross_entropy", device) == ("torch", "the device is older than sm_80")
+    for op in ("head_cross_entropy", "conv3x3_relu"):
+        assert uk.lane(op, device) == ("torch", "the device is older than sm_80")
+    assert uk.lane("max_pool2x2", device)[0] == "measured"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
     assert uk.lane("crop_concat", device) == ("torch", "the device is older than sm_75")
     monkeypatch.setattr(_triton, "MISSING", "triton cannot be imported (No module named 'triton')")

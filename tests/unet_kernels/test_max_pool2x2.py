@@ -1,6 +1,7 @@
 """max_pool2x2: torch's own, ties and NaN included, but for what it keeps."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import unet_kernels as uk
-from tests.proof.memory import LAYOUTS, awkward
+from tests.proof.memory import LAYOUTS, awkward, guarded_launch
+from tests.proof.order import assert_order_does_not_matter
 from tests.proof.properties import given, st
-from unet_kernels import _checks
+from tests.proof.yardstick import assert_same_bits
+from unet_kernels import _checks, _triton, reference
+from unet_kernels.max_pool2x2 import launch_max_pool2x2_fwd
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -55,6 +59,16 @@ def test_any_strides_and_dtypes(layout: str, dtype: torch.dtype, through_the_op:
         _assert_is_torchs(awkward(torch.randn(shape).to(device, dtype), layout))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_large_map_is_pooled_without_indices_and_the_same(layout: str) -> None:
+    x = torch.randn(2, 5, 121, 120)
+    x[0, 0, 0, :3], x[1, 4, 60:63, 7] = torch.tensor([1.0, 1.0, torch.nan]), torch.tensor([torch.inf, -torch.inf, 0.0])
+    assert x.numel() > 1 << 17
+    _assert_is_torchs(awkward(x, layout))
+    with mock.patch.object(reference, "max_pool2x2", side_effect=AssertionError):
+        uk.max_pool2x2(x)
+
+
 @DOORS
 @pytest.mark.usefixtures("door")
 def test_only_the_input_is_kept(through_the_op: bool) -> None:
@@ -63,6 +77,55 @@ def test_only_the_input_is_kept(through_the_op: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         uk.max_pool2x2(x)
     assert [(t.data_ptr(), t.dtype) for t in kept] == [(x.data_ptr(), x.dtype)]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_kernel_is_torchs_bit_for_bit(layout: str, dtype: torch.dtype, device: torch.device) -> None:
+    if _triton.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter compares bfloat16 as whole numbers")
+    for shape in ((2, 3, 8, 6), (1, 1, 2, 2), (1, 130, 7, 9), (1, 8, 3, 40)):
+        x = awkward(torch.randn(shape).to(device, dtype), layout)
+        # equal, and no numbers
+        x[0, 0, 0, :2] = 1.0
+        x[-1, -1, :2, 1] = torch.tensor([torch.nan, torch.inf], dtype=dtype)
+        got = guarded_launch(launch_max_pool2x2_fwd, x)
+        assert_same_bits(got, F.max_pool2d(x, 2))
+        assert got.stride() == F.max_pool2d(x, 2).stride()
+
+
+@pytest.mark.interpreter
+def test_the_order_of_programs_does_not_matter(device: torch.device) -> None:
+    x = awkward(torch.randn(1, 16, 20, 12, device=device), "channels_last")
+    assert_order_does_not_matter(lambda: guarded_launch(launch_max_pool2x2_fwd, x, values=256))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("axis", range(4), ids="NCHW")
+def test_addresses_beyond_two_to_the_31(axis: int, device: torch.device) -> None:
+    shape, stride = [1, 1, 2, 2], [1, 1, 2, 1]
+    shape[axis], stride[axis] = 2, 2**31 + 64
+    stride[3 if axis != 3 else 2] = 1
+    x = torch.empty(2**31 + 256, dtype=torch.float16, device=device).as_strided(shape, stride)
+    x.copy_(torch.randn(shape, device=device))
+    assert_same_bits(launch_max_pool2x2_fwd(x), F.max_pool2d(x, 2))
+
+
+@pytest.mark.parametrize("channels", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_compiled_code_is_within_budget(channels: int) -> None:
+    from importlib import import_module
+
+    from tests.proof import aot
+
+    x = torch.empty(1, channels, 568, 568, dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+    module = import_module("unet_kernels.max_pool2x2")
+    for values in (4096, 2048):
+        [launch] = aot.recorded(module, "_fwd_kernel", lambda v=values: launch_max_pool2x2_fwd(x, v))
+        for chip in aot.ELEMENTWISE_CHIPS:
+            aot.Budget(registers=128, shared_bytes=0, must_have=(r"LDG\.E\.128", r"STG\.E\.128")).check(
+                aot.compiled(launch, chip)
+            )
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from torch import Tensor
 
 import unet_kernels as uk
 from tests.proof.allocations import allocated
-from tests.proof.memory import LAYOUTS, awkward
+from tests.proof.memory import LAYOUTS, awkward, guarded_launch
+from tests.proof.order import assert_order_does_not_matter
 from tests.proof.yardstick import assert_as_close_as, assert_gradient
+from unet_kernels import _triton
+from unet_kernels.up_conv import Blocks, blocks_for, launch_up_conv_fwd
 
 MODES = ("deconv", "resize")
 SHAPES = {"one pixel": (1, 2, 1, 1, 3), "odd": (2, 3, 5, 4, 4), "one row": (1, 5, 1, 6, 1), "prime": (1, 7, 3, 3, 11)}
@@ -102,6 +105,106 @@ def test_nan_reaches_what_reads_it_and_nothing_else() -> None:
     x, weight, bias = _made("odd", "resize", torch.float32, "contiguous", "cpu")
     x[0, 0, 2, 2] = torch.nan
     assert torch.equal(uk.up_conv(x, weight, bias, mode="resize").isnan(), _torchs(x, weight, bias, "resize").isnan())
+
+
+# the kernel
+
+SMALL = Blocks(32, 16, 16, 4, 3)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_is_as_near_as_torch(
+    mode: str, shape: str, layout: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    if _triton.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 arithmetic is wrong")
+    tensors = _made(shape, mode, dtype, layout, device)
+    got = guarded_launch(lambda *t: launch_up_conv_fwd(*t, mode, SMALL), *tensors)
+    want = _torchs(*tensors, mode)
+    assert_as_close_as(want, got, _torchs(*(t.double() for t in tensors), mode))
+    # ATen's resize pads, and its padding decides the strides of a map of one row
+    if mode == "deconv" or min(tensors[0].shape) > 1:
+        assert got.stride() == uk.up_conv(*tensors, mode=mode).stride()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mode", MODES)
+def test_the_kernel_takes_several_blocks_in_any_order(mode: str, device: torch.device) -> None:
+    x, weight, bias = torch.randn(2, 40, 5, 7), torch.randn(40, 40, 2, 2) / 9, torch.randn(40)
+    tensors = [awkward(t.to(device), "channels_last") for t in (x, weight)] + [bias.to(device)]
+    assert_order_does_not_matter(
+        lambda: guarded_launch(lambda *t: launch_up_conv_fwd(*t, mode, SMALL), *tensors), seeds=2
+    )
+    got = launch_up_conv_fwd(*tensors, mode, SMALL)
+    assert_as_close_as(_torchs(*tensors, mode), got, _torchs(*(t.double() for t in tensors), mode))
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_and_infinity_go_where_torchs_go_through_the_kernel(mode: str, device: torch.device) -> None:
+    x, weight, bias = _made("odd", mode, torch.float32, "channels_last", device)
+    x[0, 0, 2, 2], x[1, 1, 4, 3], x[1, 2, 4, 3] = torch.nan, torch.inf, -torch.inf
+    got = guarded_launch(lambda *t: launch_up_conv_fwd(*t, mode, SMALL), x, weight, bias)
+    want = _torchs(x, weight, bias, mode)
+    if mode == "resize":
+        # taps that are summed beforehand meet an infinity once, and not twice with two signs: infinite where it is NaN
+        assert torch.equal(got.isfinite(), want.isfinite())
+        assert not (got.isnan() & ~want.isnan()).any()
+        got = torch.where(want.isfinite(), got, want)
+    assert_as_close_as(want, got, _torchs(x.double(), weight.double(), bias.double(), mode))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("axis", range(4), ids="NCHW")
+@pytest.mark.parametrize("mode", MODES)
+def test_addresses_beyond_two_to_the_31(mode: str, axis: int, device: torch.device) -> None:
+    shape, stride = [1, 1, 1, 1], [1, 1, 1, 1]
+    shape[axis], stride[axis] = 2, 2**31 + 64
+    x = torch.empty(2**31 + 128, dtype=torch.float16, device=device).as_strided(shape, stride)
+    x.copy_(torch.tensor([1.5, -2.5], device=device).view(shape))
+    channels = (shape[1], 3) if mode == "deconv" else (3, shape[1])
+    weight, bias = torch.randn(*channels, 2, 2).half().to(device), torch.zeros(3).half().to(device)
+    got = launch_up_conv_fwd(x, weight, bias, mode, SMALL)
+    assert_as_close_as(_torchs(x, weight, bias, mode), got, _torchs(x.double(), weight.double(), bias.double(), mode))
+
+
+@pytest.mark.parametrize("chip", [90, *(pytest.param(chip, marks=pytest.mark.slow) for chip in (80, 86, 89))])
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [
+        (torch.bfloat16, "ieee"),
+        *(pytest.param(torch.float32, p, marks=pytest.mark.slow) for p in ("tf32", "ieee")),
+    ],
+    ids=["16 bits", "tf32", "ieee"],
+)
+def test_compiled_code_is_within_budget(
+    dtype: torch.dtype, precision: str, chip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from importlib import import_module
+
+    from tests.proof import aot
+
+    monkeypatch.setattr(_triton, "precision", lambda dtype: precision)
+    layout = torch.channels_last
+    x = torch.empty(1, 128, 196, 196, dtype=dtype, device="meta", memory_format=layout)
+    bias = torch.empty(64, dtype=dtype, device="meta")
+    product = "FFMA" if (dtype, precision) == (torch.float32, "ieee") else "HGMMA" if chip == 90 else "HMMA"
+    for mode, blocks in [(m, b) for m in MODES for b in blocks_for(dtype, precision, 128, 64)]:
+        channels = (128, 64) if mode == "deconv" else (64, 128)
+        weight = torch.empty(*channels, 2, 2, dtype=dtype, device="meta", memory_format=layout)
+
+        def call(mode: str = mode, blocks: Blocks = blocks, weight: Tensor = weight) -> Tensor:
+            return launch_up_conv_fwd(x, weight, bias, mode, blocks)
+
+        [launch] = aot.recorded(import_module("unet_kernels.up_conv"), "_fwd_kernel", call)
+        aot.Budget(registers=255, must_have=(r"STG\.E\.128",), main_loop=product, loop_must_have=("LDGSTS",)).check(
+            aot.compiled(launch, chip)
+        )
 
 
 _X, _W, _B = torch.zeros(1, 2, 5, 5), torch.zeros(2, 3, 2, 2), torch.zeros(3)

@@ -7,7 +7,17 @@ do. Symbols: N batch, C channels, K classes, H rows, W columns; rows always come
 
 from .border import border_limit, border_sum, border_weight, cut_gap, two_nearest_cells
 from .components import connected_components, number_roots
-from .convolution import conv3x3_relu, conv3x3_relu_cat, crop_concat, crop_to, max_pool2x2, uncrop, up_conv
+from .convolution import (
+    conv1x1,
+    conv3x3_relu,
+    conv3x3_relu_cat,
+    conv3x3_relu_pool,
+    crop_concat,
+    crop_to,
+    max_pool2x2,
+    uncrop,
+    up_conv,
+)
 from .loss import (
     at_least_float32,
     chosen,
@@ -35,8 +45,10 @@ __all__ = [
     "border_weight",
     "chosen",
     "connected_components",
+    "conv1x1",
     "conv3x3_relu",
     "conv3x3_relu_cat",
+    "conv3x3_relu_pool",
     "crop_concat",
     "crop_to",
     "cut_gap",

@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["conv3x3_relu", "conv3x3_relu_cat", "crop_concat", "crop_to", "max_pool2x2", "uncrop", "up_conv"]
+__all__ = [
+    "conv1x1",
+    "conv3x3_relu",
+    "conv3x3_relu_cat",
+    "conv3x3_relu_pool",
+    "crop_concat",
+    "crop_to",
+    "max_pool2x2",
+    "uncrop",
+    "up_conv",
+]
 
 
 def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, relu: bool = True) -> Tensor:
@@ -40,9 +50,22 @@ def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, rel
     return conv3x3_relu(crop_concat(up, skip), weight, bias, relu)
 
 
+def conv3x3_relu_pool(
+    x: Tensor, weight: Tensor, bias: Tensor, relu: bool, rows: int, columns: int
+) -> tuple[Tensor, Tensor]:
+    """The centred [rows, columns] window of conv3x3_relu, and the 2x2 maxima of all of it."""
+    y = conv3x3_relu(x, weight, bias, relu)
+    return crop_to(y, rows, columns), max_pool2x2(y)
+
+
 def max_pool2x2(x: Tensor) -> Tensor:
     """[N, C, H, W] -> [N, C, H // 2, W // 2]."""
     return F.max_pool2d(x, 2)
+
+
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [N, Ci, H, W], weight [Co, Ci, 1, 1], bias [Co] -> [N, Co, H, W]."""
+    return F.conv2d(x, weight, bias)
 
 
 def up_conv(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:

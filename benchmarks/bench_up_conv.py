@@ -1,0 +1,29 @@
+"""Is the 2x2 up-convolution faster by our op than ATen's transposed convolution, level by level?
+
+On CUDA a graph's replay is timed, by the way that takes the device the least time.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.cases import DTYPES, PROVIDERS, SIZES, cases, timed
+from benchmarks.harness import Roof, gpu_clock
+
+pytestmark = pytest.mark.benchmark(timer=gpu_clock, max_time=0.3, min_rounds=3)
+
+
+@pytest.fixture(autouse=True)
+def can_run(provider: str, device: torch.device) -> None:
+    # before the benchmark fixture, which complains of a test that skips after asking for it
+    if provider == "torch.compile" and device.type == "cpu":
+        pytest.skip("compiled or not, a convolution on a CPU is oneDNN's: seconds of compiling would show nothing")
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("level", range(4))
+def bench_up_conv(benchmark: Any, level: int, provider: str, device: torch.device, roof: Roof) -> None:
+    name = f"level{level}.expanding.up"
+    [case] = [case for case in cases(*SIZES[device.type]) if case.layer.name == name]
+    timed(benchmark, case, provider, DTYPES[device.type][0], device, roof)

@@ -1,0 +1,507 @@
+"""Which of several ways to compute an op runs: the fastest on this device, measured once a shape and remembered.
+
+An op *asks* a question: its name, the shape as a few words (`case`), and the ways there are, ours and ATen's. Ways that
+were never timed here for such a shape are timed at the first call, on random numbers of the same shapes and strides.
+Before it is timed, a way's result must be as near to the exact one as ATen's is, with NaN where ATen has it, or it may
+not win. Two times are kept, because a launch costs the host more than a small kernel the device: the device's own,
+which decides inside a CUDA graph, and that of calls one after another, which decides elsewhere. A tie goes to ATen.
+
+The times stand in a table that a person can read, one file per device and versions: what the package brings
+(`tuned/`), and beside it what this machine has measured, in the user's cache. Nothing is measured while a graph is
+captured or compiled, on fake tensors, or by one of several ranks: then a case without a row goes to ATen.
+
+`using("ours")` allows our kernels only, `using("reference")` none; UNET_FAST_KERNELS says it for a whole process.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import _checks, _triton
+
+__all__ = [
+    "SWITCHES",
+    "Question",
+    "Row",
+    "Way",
+    "adopt",
+    "arithmetic",
+    "asked",
+    "by_device_time",
+    "choices",
+    "computed",
+    "decide",
+    "fastest",
+    "octave",
+    "ordinary_on_cpu",
+    "recorded",
+    "row",
+    "run",
+    "table_path",
+    "using",
+    "which",
+]
+
+SWITCHES = ("automatic", "reference", "ours")
+# ours must be this much faster than ATen: less is noise
+MARGIN = 0.98
+_KERNELS = ("_conv3x3_fwd", "_layout", "bias_relu", "conv1x1", "crop_concat", "max_pool2x2", "up_conv")
+# a larger map is timed by its first rows: what wins there wins on more of them
+MOST_PIXELS = 1 << 19
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to compute an op: `run` takes the op's arguments; `name` is what the table knows it by."""
+
+    name: str
+    run: Callable[..., Any]
+    ours: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """An op for a shape: `ways` to compute it, the most promising of each kind first; `exact` computes it in any dtype.
+
+    `cut` gives the arguments of the first so many lines of the maps, for timing.
+    """
+
+    op: str
+    case: str
+    ways: Callable[[], list[Way]]
+    exact: Callable[..., Any]
+    cut: Callable[[tuple[Any, ...], int], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was measured of a case: microseconds by way, on the device and as called; the ways refused, and why."""
+
+    device_us: dict[str, float] = field(default_factory=dict)
+    called_us: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+# the switch
+
+
+def _from_environment() -> str:
+    told = os.environ.get("UNET_FAST_KERNELS", "automatic")
+    if told not in SWITCHES:
+        raise ValueError(f"UNET_FAST_KERNELS must be one of {', '.join(SWITCHES)}, got {told!r}")
+    return told
+
+
+_switch = _from_environment()
+
+
+def which() -> str:
+    """The switch: "automatic", "reference" or "ours"."""
+    return _switch
+
+
+@contextmanager
+def using(kernels: str) -> Iterator[None]:
+    """Inside the block, compute by what is fastest ("automatic"), by plain PyTorch ("reference"), or by "ours" only.
+
+    It holds for the whole process, autograd's threads included. With "ours", an op that has no kernel for its
+    arguments raises RuntimeError and says why. Triton's interpreter (TRITON_INTERPRET=1) runs ours on CPU tensors.
+
+    Raises:
+        ValueError: there is no such switch.
+    """
+    global _switch
+    _checks.expect_choice("kernels", kernels, SWITCHES)
+    before, _switch = _switch, kernels
+    try:
+        yield
+    finally:
+        _switch = before
+
+
+def ordinary_on_cpu(tensor: Tensor) -> bool:
+    """Whether a door may call ATen's own autograd at once: see `_checks.ordinary_on_cpu`. Not where ours is wanted."""
+    return _switch != "ours" and _checks.ordinary_on_cpu(tensor)
+
+
+_device_time = False
+
+
+@contextmanager
+def by_device_time() -> Iterator[None]:
+    """Inside the block, what takes the device the least time is chosen, as inside a CUDA graph.
+
+    So that a net that is called computes the very bits of the same net replayed.
+    """
+    global _device_time
+    before, _device_time = _device_time, True
+    try:
+        yield
+    finally:
+        _device_time = before
+
+
+# answering
+
+
+def computed(
+    question: Callable[..., Question],
+    reference: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    why_not: Callable[[torch.device, torch.dtype], str] = _triton.why_no_dot,
+) -> Any:
+    """What an op is: the answer to its question where there is a choice, else its reference.
+
+    Raises:
+        RuntimeError: ours is wanted, and there is none for these arguments.
+    """
+    x = arguments[0]
+    if not asked(x.device) or x.shape[0] == 0:
+        return reference(*arguments)
+    if refusal := why_not(x.device, x.dtype):
+        if _switch == "ours":
+            raise RuntimeError(f"kernels must be 'automatic' or 'reference' here, got 'ours': {refusal}")
+        return reference(*arguments)
+    return run(question(*arguments), x.device, arguments)
+
+
+_records: list[list[tuple[str, str, str]]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, str, str]]]:
+    """A list that grows by (op, case, way) with every call of an op that had a choice."""
+    record: list[tuple[str, str, str]] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.remove(record)
+
+
+def asked(device: torch.device) -> bool:
+    """Whether there is anything to choose: on CUDA, unless the reference is wanted; elsewhere, if ours is."""
+    return _switch == "ours" or (device.type == "cuda" and _switch != "reference")
+
+
+def run(question: Question, device: torch.device, arguments: tuple[Any, ...]) -> Any:
+    """The op's result, by the way that is chosen for it.
+
+    Raises:
+        RuntimeError: ours is wanted, and there is none for these arguments.
+    """
+    way = decide(question, device, arguments)
+    for record in _records:
+        record.append((question.op, question.case, way.name))
+    return way.run(*arguments)
+
+
+_decided: dict[tuple[Any, ...], Way] = {}
+
+
+def decide(question: Question, device: torch.device, arguments: tuple[Any, ...] | None = None) -> Way:
+    """The way that is chosen; without `arguments` nothing is measured."""
+    on_cuda = device.type == "cuda"
+    capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+    by_device = capturing or _device_time
+    key = (question.op, question.case, device, _switch, by_device)
+    if key in _decided:
+        return _decided[key]
+    ways = _allowed(question)
+    if not ways:
+        raise RuntimeError(f"{question.op} has no kernel of ours for {question.case} on {device}")
+    known = row(question, device) if on_cuda else None
+    if known is None and on_cuda and arguments is not None and len(ways) > 1 and _may_measure(capturing):
+        known = _measured(question, device, arguments)
+    if known is None:
+        # ATen where it may, until it is known better; not remembered: the next call may measure
+        return next((way for way in ways if not way.ours), ways[0])
+    _decided[key] = fastest(question, known, known.device_us if by_device else known.called_us)
+    return _decided[key]
+
+
+def fastest(question: Question, known: Row, us: dict[str, float]) -> Way:
+    """The way that the switch allows and these times favour."""
+    ways = _allowed(question)
+    timed = [way for way in ways if way.name in us]
+    if not timed:
+        refused = "; ".join(f"{way.name}: {known.refused.get(way.name, 'not timed')}" for way in ways)
+        raise RuntimeError(f"{question.op} has no kernel of ours that may run for {question.case}: {refused}")
+    return min(timed, key=lambda way: us[way.name] * (1.0 if way.ours else MARGIN))
+
+
+def _allowed(question: Question) -> list[Way]:
+    ways = [way for way in question.ways() if way.ours or _switch != "ours"]
+    return [way for way in ways if not way.ours] if _switch == "reference" else ways
+
+
+def _may_measure(capturing: bool) -> bool:
+    if capturing or torch.compiler.is_compiling():
+        return False
+    # ranks that measure choose differently, and wait for one another meanwhile
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not (distributed and torch.distributed.get_world_size() > 1)
+
+
+def octave(pixels: int) -> str:
+    """How large a map is, to half an octave: tiles of nearly one size share a row."""
+    return f"2^{min(round(2 * math.log2(max(pixels, 1))) / 2, math.log2(MOST_PIXELS)):g} pixels"
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """What products are computed in: bfloat16, float16, float32, or "float32 as tf32"."""
+    plain = str(dtype).removeprefix("torch.")
+    return f"{plain} as tf32" if _triton.precision(dtype) == "tf32" else plain
+
+
+# measuring
+
+
+# one at a time; a way may consist of ops that have choices of their own
+_measuring = threading.RLock()
+
+
+def _measured(question: Question, device: torch.device, arguments: tuple[Any, ...]) -> Row | None:
+    """A new row of the table; None where there is no memory to measure in."""
+    with _measuring, torch.cuda.device(device), torch.no_grad():
+        try:
+            measured = _time_all(question, arguments)
+        except torch.cuda.OutOfMemoryError:
+            return None
+        finally:
+            # what it took is of sizes that nobody will ask for again
+            torch.cuda.empty_cache()
+    _remember(question, device, measured)
+    return measured
+
+
+def _time_all(question: Question, arguments: tuple[Any, ...]) -> Row:
+    x = arguments[0]
+    lines = max(8, MOST_PIXELS // (x.shape[0] * x.shape[3]))
+    sample = _random_like(question.cut(arguments, lines) if x.shape[2] > lines else arguments)
+    ways = question.ways()
+    plain = next(way for way in ways if not way.ours)
+    want = pytree.tree_leaves(plain.run(*sample))
+    exact = pytree.tree_leaves(question.exact(*_widened(sample)))
+    found = Row()
+    for way in ways:
+        try:
+            _poison(want)
+            got = pytree.tree_leaves(way.run(*sample))
+            refusal = next(filter(None, map(_too_far, got, want, exact)), "")
+            del got
+            if refusal:
+                found.refused[way.name] = refusal
+                continue
+            call = functools.partial(way.run, *sample)
+            found.device_us[way.name], found.called_us[way.name] = _device_us(call), _called_us(call)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # a compiler or a launch may refuse one way, and the others go on
+            found.refused[way.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return found
+
+
+def _random_like(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Random numbers in the same shapes and strides, one of them NaN; the global generator is left alone."""
+    generators: dict[torch.device, torch.Generator] = {}
+
+    def made(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        generator = generators.setdefault(t.device, torch.Generator(t.device).manual_seed(20150518))
+        # an expanded axis holds one value for all
+        fresh = (
+            torch.empty_like(t)
+            if 0 in t.stride()
+            else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+        )
+        return fresh.copy_(torch.randn(t.shape, generator=generator, device=t.device))
+
+    first, *rest = map(made, arguments)
+    first[0, 0, first.shape[2] // 2, first.shape[3] // 2] = torch.nan
+    return (first, *rest)
+
+
+def _widened(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """In a precision beside which the op's own error shows: float32 for 16 bits, else float64."""
+    return tuple(
+        t.to(torch.float64 if t.dtype == torch.float32 else torch.float32) if isinstance(t, Tensor) else t
+        for t in arguments
+    )
+
+
+def _poison(results: Sequence[Tensor]) -> None:
+    """Leave NaN where the allocator will probably put the next results: a value that is never written then shows."""
+    stale = [torch.full((t.numel() * t.element_size(),), 0xFF, dtype=torch.uint8, device=t.device) for t in results]
+    del stale
+
+
+def _too_far(got: Tensor, want: Tensor, exact: Tensor) -> str:
+    """Why a result may not win, or "": an error above twice ATen's own, or NaN elsewhere."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return f"gives {list(got.shape)} {got.dtype}, not {list(want.shape)} {want.dtype}"
+    if not torch.equal(got.isnan(), want.isnan()):
+        return "NaN elsewhere than ATen has it"
+    known = ~exact.isnan()
+    exact = torch.where(known, exact, 0)
+
+    def errors(t: Tensor) -> tuple[float, float]:
+        off = torch.where(known, t.to(exact.dtype), 0) - exact
+        return float(off.abs().max()), float(off.norm())
+
+    unit = torch.finfo(want.dtype).eps
+    for of_ours, of_atens, size in zip(
+        errors(got), errors(want), (float(exact.abs().max()), float(exact.norm())), strict=True
+    ):
+        # written so that NaN fails too
+        if not of_ours <= 2 * of_atens + unit * size:
+            return f"error {of_ours:.2e}, ATen's own is {of_atens:.2e}"
+    return ""
+
+
+def _device_us(call: Callable[[], Any]) -> float:
+    """Microseconds of the device's own work: launches queue up behind a pause, and so none is waited for."""
+    calls, spent = 10, []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(4_000_000)
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        spent.append(start.elapsed_time(end) * 1e3 / calls)
+    return round(min(spent), 3)
+
+
+def _called_us(call: Callable[[], Any]) -> float:
+    """Microseconds a call where calls follow one another: the host's or the device's, whichever is longer."""
+    calls, spent = 10, []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+        spent.append((time.perf_counter() - started) * 1e6 / calls)
+    return round(min(spent), 3)
+
+
+# the table
+
+
+def row(question: Question, device: torch.device) -> Row | None:
+    """What is known of a question."""
+    return _rows(device).get(f"{question.op}: {question.case}")
+
+
+def _remember(question: Question, device: torch.device, measured: Row) -> None:
+    _rows(device)[f"{question.op}: {question.case}"] = measured
+    path = table_path(device)
+    try:
+        # what another process has measured meanwhile stays
+        rows = _read(path, device) | _rows(device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        beside.write_text(_written(rows, device), encoding="utf-8")
+        os.replace(beside, path)
+    except OSError:
+        # a cache that cannot be written is measured again by the next process
+        return
+
+
+@functools.cache
+def _rows(device: torch.device) -> dict[str, Row]:
+    """All that is known of this device: what the package brings, and over it what was measured here."""
+    path = table_path(device)
+    return _read(Path(__file__).parent / "tuned" / path.name, device) | _read(path, device)
+
+
+def choices(device: torch.device | str) -> dict[str, Any]:
+    """The table of a device, as JSON-able data: versions, and times by op and case. For a run's record."""
+    device = _indexed(device)
+    return json.loads(_written(_rows(device), device))
+
+
+def adopt(table: dict[str, Any], device: torch.device | str) -> bool:
+    """Choose by this table (from `choices`) from now on, where it was made on such a device by these versions.
+
+    So that a run that is resumed computes as it did before, whatever the clock says today. Returns whether it fits.
+    """
+    device = _indexed(device)
+    rows = _parsed(table, device)
+    _rows(device).update(rows)
+    _decided.clear()
+    return bool(rows)
+
+
+def _indexed(device: torch.device | str) -> torch.device:
+    device = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def table_path(device: torch.device) -> Path:
+    """Where the table of a device is kept: $XDG_CACHE_HOME, or ~/.cache."""
+    about = _about(device)
+    name = "_".join([about["device"], f"torch{about['torch']}", f"triton{about['triton']}", f"cudnn{about['cudnn']}"])
+    plain = "".join(c if c.isalnum() or c in "._" else "-" for c in name)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unet_fast" / "kernels" / f"{plain}.json"
+
+
+@functools.cache
+def _about(device: torch.device) -> dict[str, str]:
+    """What a time holds for. The kernels' own text is part of it: another kernel has another time."""
+    on_cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
+        "torch": torch.__version__.split("+")[0],
+        "triton": getattr(_triton.triton, "__version__", "absent"),
+        "cudnn": str(torch.backends.cudnn.version()) if on_cuda else "none",
+        "kernels": _fingerprint(),
+    }
+
+
+def _fingerprint() -> str:
+    """Of the text of the kernels there is a choice of, without its comments."""
+    sources = [(Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in _KERNELS]
+    lines = (line.strip() for source in sources for line in source.splitlines())
+    return hashlib.sha256("\n".join(line for line in lines if line and line[0] != "#").encode()).hexdigest()[:12]
+
+
+def _written(rows: dict[str, Row], device: torch.device) -> str:
+    return (
+        json.dumps({"about": _about(device), "rows": {k: asdict(r) for k, r in sorted(rows.items())}}, indent=1) + "\n"
+    )
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Row]:
+    try:
+        return _parsed(json.loads(path.read_text(encoding="utf-8")), device)
+    except (OSError, ValueError):
+        return {}
+
+
+def _parsed(table: Any, device: torch.device) -> dict[str, Row]:
+    """The rows of a table that was made on such a device by these versions; of any other, none."""
+    if not isinstance(table, dict) or table.get("about") != _about(device):
+        return {}
+    try:
+        return {str(case): Row(**known) for case, known in table["rows"].items()}
+    except (AttributeError, KeyError, TypeError):
+        return {}

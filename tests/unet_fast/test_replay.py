@@ -1,0 +1,192 @@
+"""Replayed: the net's own bits, captured once for one shape, and never where it cannot be trusted.
+
+No GPU is needed: a CPU tensor says it lies on one, and a graph that is replayed calls what was captured.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from unet_fast import FastUNet, Replayed, replay
+from unet_kernels import _choosing
+
+
+class _OnGpu(Tensor):
+    """A CPU tensor that claims to be on a GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+def _x(side: int = 36, batch: int = 1) -> Tensor:
+    return torch.rand(batch, 1, side, side).as_subclass(_OnGpu)
+
+
+class _Net(FastUNet):
+    """Counts its calls, takes CPU tensors for what they are."""
+
+    def __init__(self) -> None:
+        super().__init__(features=(4, 8))
+        self.calls = 0
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        assert _choosing._device_time, "called by other kernels than replayed"
+        return super().forward(x.as_subclass(Tensor))
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A number for each capture: how often it was replayed."""
+    replays: list[int] = []
+
+    def captured(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:
+        result, number = work(), len(replays)
+        replays.append(0)
+
+        def again() -> None:
+            replays[number] += 1
+            result.copy_(work())
+
+        return result, again
+
+    monkeypatch.setattr(replay, "captured", captured)
+    return replays
+
+
+def test_from_some_call_on_a_graph_is_replayed_and_gives_the_nets_bits(captures: list[int]) -> None:
+    net = _Net()
+    replayed = Replayed(net, after=3)
+    inputs = [_x() for _ in range(6)]
+    results = [replayed(x) for x in inputs]
+    # one replay was the look whether its bits are the net's
+    assert captures == [1 + 3]
+    with torch.no_grad(), _choosing.by_device_time():
+        for x, result in zip(inputs, results, strict=True):
+            assert torch.equal(result, net(x))
+
+
+def test_a_result_is_the_callers_own(captures: list[int]) -> None:
+    replayed = Replayed(_Net(), after=0)
+    first = replayed(_x())
+    before = first.clone()
+    replayed(_x())
+    assert torch.equal(first, before)
+
+
+def test_one_shape_is_captured_and_others_are_called(captures: list[int]) -> None:
+    net = _Net()
+    replayed = Replayed(net, after=1)
+    for x in (_x(36), _x(36), _x(44), _x(44), _x(44), _x(36), _x(36, batch=2)):
+        assert replayed(x).shape[2] == x.shape[2] - 16
+    assert captures == [1 + 2]
+
+
+def test_on_a_cpu_the_net_is_called() -> None:
+    net = FastUNet(features=(4, 8)).eval()
+    x = torch.rand(1, 1, 36, 36)
+    replayed = Replayed(net, after=0)
+    result = replayed(x)
+    assert torch.equal(result, net(x))
+    assert not result.requires_grad
+    assert not replayed.refused
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda net: net.train(), "the net is in training mode"),
+        (lambda net: net.head.register_forward_hook(lambda *_: None), "a hook would be called once and never again"),
+    ],
+    ids=["training", "hook"],
+)
+def test_what_a_graph_would_not_repeat_is_called(spoil: Any, reason: str, captures: list[int]) -> None:
+    net = _Net()
+    spoil(net)
+    replayed = Replayed(net, after=0)
+    replayed(_x())
+    assert replayed.refused == reason
+    assert not captures
+
+
+def test_another_module_is_called(captures: list[int]) -> None:
+    replayed = Replayed(torch.nn.Identity(), after=0)
+    x = _x()
+    assert replayed(x) is x
+    assert replayed.refused == "only a FastUNet is known to do the same every time"
+
+
+@pytest.mark.parametrize("said", ["CUDA out of memory. Tried", "operation not permitted when stream is capturing"])
+def test_a_capture_that_fails_is_not_tried_again(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fails(*_: Any) -> Any:
+        tried.append(1)
+        raise RuntimeError(f"{said}\nand more")
+
+    monkeypatch.setattr(replay, "captured", fails)
+    net = _Net()
+    replayed = Replayed(net, after=1)
+    results = [replayed(_x()) for _ in range(4)]
+    assert len(tried) == 1
+    # and once for the bits that a graph would have to have
+    assert net.calls == len(results) + 1 == 5
+    assert replayed.refused == said
+
+
+def test_where_memory_runs_out_beside_a_graph_the_graph_goes(captures: list[int]) -> None:
+    net = _Net()
+    replayed = Replayed(net, after=0)
+    replayed(_x())
+    assert replayed._graph is not None
+    forward, tried = net.forward, []
+
+    def full(x: Tensor) -> Tensor:
+        if replayed._graph is not None:
+            tried.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(x)
+
+    net.forward = full
+    assert replayed(_x(44)).shape[2] == 28
+    assert len(tried) == 1
+    assert replayed.refused == "memory ran out"
+    net.forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    # without a graph there is nothing to give
+    with pytest.raises(torch.OutOfMemoryError):
+        replayed(_x(44))
+
+
+def test_a_graph_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    # what a kernel's workspace outside the graph would do: the first result over and over
+    monkeypatch.setattr(replay, "captured", lambda work, device: (work(), lambda: None))
+    net = _Net()
+    replayed = Replayed(net, after=0)
+    x = _x()
+    with torch.no_grad(), _choosing.by_device_time():
+        assert torch.equal(replayed(x), net(x))
+    assert replayed.refused == "the graph's bits are not the net's"
+
+
+def test_prediction_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    from unet_fast import inference, predict
+
+    calls = []
+
+    class Counting(Replayed):
+        def __call__(self, x: Tensor) -> Tensor:
+            calls.append(tuple(x.shape))
+            return super().__call__(x)
+
+    monkeypatch.setattr(inference, "Replayed", Counting)
+    net = FastUNet(features=(4, 8))
+    predict(net, np.random.default_rng(0).random((90, 70), np.float32), tile_in=52)
+    assert len(calls) > 4
+    assert set(calls) == {(1, 1, 52, 52)}
