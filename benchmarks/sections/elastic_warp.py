@@ -3,8 +3,8 @@
 The same displacements, image and labels by F.interpolate and two calls of grid_sample, which must give nearly the same,
 and by kornia's elastic transform, which deforms another way (Simard's smoothed noise) and so is timed only.
 predict (H200): 572 x 572, order 3, with labels 5 to 8 us, bound by the launch and its arithmetic (no fma), at least 5
-times grid_sample's pipeline (a dozen launches) and 30 times kornia's, below 1 % of a training step; with the gradient of
-the displacement 40 us, of the image 0.2 to 0.3 ms.
+times grid_sample's pipeline (a dozen launches) and 30 times kornia's, below 1 % of a training step; with the gradient
+of the displacement 40 us, of the image 0.2 to 0.3 ms.
 """
 
 import itertools
