@@ -1,7 +1,8 @@
 """The paper's augmentation: one random map for an image and its cells, drawn on the CPU, applied in one pass.
 
 Elastic deformation of a coarse 3 x 3 grid with displacements of 10 px standard deviation, rotation, mirror, shift,
-and a grey-value table. Draws depend on (seed, epoch, index) alone, never on workers, ranks or the device.
+and a grey-value table. Draws depend on (seed, epoch, index) alone, never on workers, ranks or the device; nor does
+what is made of them, bit for bit.
 """
 
 import hashlib
@@ -13,6 +14,14 @@ from torch import Tensor
 import unet_kernels
 
 __all__ = ["ElasticWarp"]
+
+# A bicubic map's slope along a row or column is at most so many times the largest step between neighbouring points of
+# its grid: 1.5 for the derivatives of Keys' taps along it, 1.375 for the taps across (docs/mathematics.md, section 6).
+_STEEPEST = 1.5 * 1.375
+# what would fold is scaled down to this share of where it would begin to
+_SHORT_OF_FOLDING = 0.95
+# places at which a cell is looked for before all of its pixels are listed
+_LOOKS = 512
 
 
 class ElasticWarp:
@@ -29,6 +38,11 @@ class ElasticWarp:
         noise: greatest sd of Gaussian noise added to a tile, in units of the image's range. A warp averages
             neighbouring pixels: without new noise the net never sees images as noisy as those it will judge.
         order: interpolation of the image, 1 (linear) or 3 (cubic, which blurs less).
+        foreground: share of the tiles that lie around a pixel of a cell, each pixel as likely as any other; the others
+            lie anywhere. For images that are mostly empty.
+        fold: let a map fold, that is, show a part of the image mirrored and more than once. By default a drawn
+            displacement that would fold at any pixel is scaled down to 95 % of where it would begin to. One of 10 px
+            over a tile of 572 never would; over small tiles many would.
     """
 
     def __init__(
@@ -42,6 +56,8 @@ class ElasticWarp:
         zoom: float = 1.0,
         noise: float = 0.0,
         order: int = 3,
+        foreground: float = 0.0,
+        fold: bool = False,
     ) -> None:
         if grid < 2:
             raise ValueError(f"grid must have at least 2 points a side, got {grid}")
@@ -53,6 +69,9 @@ class ElasticWarp:
             raise ValueError(f"zoom must lie between 1 and 4, got {zoom}")
         if not (math.isfinite(noise) and noise >= 0):
             raise ValueError(f"noise must be 0 or more, got {noise}")
+        if not 0 <= foreground <= 1:
+            raise ValueError(f"foreground must lie between 0 and 1, got {foreground}")
+        self.foreground, self.fold = float(foreground), fold
         self.grid, self.sigma_px, self.rotate, self.mirror = grid, float(sigma_px), rotate, mirror
         self.grey, self.zoom, self.noise, self.order = float(grey), float(zoom), float(noise), order
 
@@ -101,6 +120,34 @@ class ElasticWarp:
         curve = torch.nn.functional.interpolate(rise[:, None], 256, mode="linear", align_corners=True)[:, 0]
         return black + (white - black) * curve
 
+    @staticmethod
+    def folded(displacement: Tensor, size: tuple[int, int], *, out_size: int | tuple[int, int] | None = None) -> Tensor:
+        """Share of the output's pixels at which each elastic map folds, [n]: where its Jacobian is not positive.
+
+        Args:
+            displacement: [n, 2, gh, gw], as of `draw`.
+            size: of the image.
+            out_size: of the window in its middle that is looked at; default: the image's.
+        """
+        if _cannot_fold(displacement, size):
+            return torch.zeros(len(displacement), dtype=torch.float64, device=displacement.device)
+        trace, determinant = _stretch(displacement, size, out_size)
+        return (1 + trace + determinant <= 0).double().mean((1, 2))
+
+    @staticmethod
+    def unfolded(
+        displacement: Tensor, size: tuple[int, int], *, out_size: int | tuple[int, int] | None = None
+    ) -> Tensor:
+        """The displacements, those scaled down whose map would fold at some pixel; arguments as of `folded`."""
+        if _cannot_fold(displacement, size):
+            return displacement
+        trace, determinant = _stretch(displacement, size, out_size)
+        # det(1 + s u') reaches 0 where -1 / s is an eigenvalue of u'
+        root = trace.square() / 4 - determinant
+        lowest = torch.where(root >= 0, trace / 2 - root.clamp(min=0).sqrt(), 0).amin((1, 2))
+        scale = torch.where(lowest <= -1, -_SHORT_OF_FOLDING / lowest, 1)
+        return displacement * scale.to(displacement.dtype).view(-1, 1, 1, 1)
+
     def apply(
         self,
         image: Tensor,
@@ -126,19 +173,23 @@ class ElasticWarp:
         *,
         grid_tile: int | tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """A training tile around a random centre: (image [C, *tile_in], instances [*tile_in]).
+        """A training tile around a random centre: (image [C, *tile_in], instances [*tile_in]), in one pass.
 
         Args:
-            image: [C, H, W] floating, about 0 to 1.
-            instances: [H, W].
+            image: [C, H, W], on any device; floating, about 0 to 1, or uint8 or uint16, whose range the table and the
+                noise refer to.
+            instances: [H, W], any integer dtype, beside it.
             tile_in: side, or rows and columns, of what comes out; beyond the image it is mirrored.
             tile_out: side, or rows and columns, of what the net will answer for: the centre is uniform among those
-                that keep it inside the image, where the image is large enough.
+                that keep it inside the image, where the image is large enough; or, of a share `foreground` of the
+                tiles, as near as that allows to a pixel of a cell.
             grid_tile: the grid's points lie as far apart as over a tile of this size; None is tile_in.
             generator: all randomness comes from it.
         """
         height, width = instances.shape
         displacement = self.draw(1, (height, width), generator, tile=grid_tile or tile_in)
+        if not self.fold:
+            displacement = self.unfolded(displacement, (height, width), out_size=tile_in)
         matrix = self.draw_affine(1, generator)
         lut = self.draw_table(1, generator)
         where = torch.rand(2, generator=generator)
@@ -146,16 +197,63 @@ class ElasticWarp:
         span = torch.tensor([float(height), float(width)]) - 1
         answered = (tile_out, tile_out) if isinstance(tile_out, int) else tile_out
         half = torch.minimum((torch.tensor(answered, dtype=torch.float32) - 1) / 2, span / 2)
+        centre = half + where * (span - 2 * half)
+        if self.foreground and torch.rand(1, generator=generator) < self.foreground:
+            pixel = _cell_pixel(instances, generator)
+            centre = centre if pixel is None else torch.minimum(torch.maximum(pixel, half), span - half)
         # the warp reads at M (p - c) + shift + c, so the tile's centre c reads at c + shift
-        matrix[0, :, 2] = half + where * (span - 2 * half) - span / 2
+        matrix[0, :, 2] = centre - span / 2
+        device, top = image.device, _highest(image.dtype)
         out, labels = self.apply(
             image[None],
-            displacement,
+            displacement.to(device),
             labels=instances[None],
-            matrix=matrix,
-            lut=lut if self.grey else None,
+            matrix=matrix.to(device),
+            lut=(top * lut).to(device) if self.grey else None,
             out_size=tile_in,
         )
         if self.noise:
-            out = out + sd * torch.randn(out.shape, generator=generator)
+            noise = (top * sd * torch.randn(out.shape, generator=generator)).to(device)
+            if image.is_floating_point():
+                out = out + noise.to(out.dtype)
+            else:
+                out = (out.float() + noise).round().clamp(0, top).to(out.dtype)
         return out[0], labels[0]
+
+
+def _highest(dtype: torch.dtype) -> float:
+    """Of a grey value."""
+    return 1.0 if dtype.is_floating_point else float(torch.iinfo(dtype).max)
+
+
+def _cannot_fold(displacement: Tensor, size: tuple[int, int]) -> bool:
+    """Whether the steps between neighbouring points of the grids are so small that no map can fold; sufficient only."""
+    slopes = torch.zeros(len(displacement), 2)
+    for axis, pixels in ((2, size[0]), (3, size[1])):
+        points_per_pixel = (displacement.shape[axis] - 1) / max(1, pixels - 1)
+        slopes = slopes + displacement.diff(dim=axis).abs().amax((2, 3)).cpu() * points_per_pixel
+    # a component's slopes along both axes are less than 1 together: the Jacobian is diagonally dominant
+    return not bool((_STEEPEST * slopes >= 1).any())
+
+
+def _stretch(
+    displacement: Tensor, size: tuple[int, int], out_size: int | tuple[int, int] | None
+) -> tuple[Tensor, Tensor]:
+    """Trace and determinant of u' at every output pixel, [n, h, w]."""
+    jacobian = unet_kernels.warp_jacobian(displacement, size, out_size=out_size)
+    yy, xx = jacobian[:, 0, 0] - 1, jacobian[:, 1, 1] - 1
+    return yy + xx, yy * xx - jacobian[:, 0, 1] * jacobian[:, 1, 0]
+
+
+def _cell_pixel(instances: Tensor, generator: torch.Generator) -> Tensor | None:
+    """Row and column of a cell's pixel, each as likely as any other; None where there is no cell."""
+    size = torch.tensor(instances.shape)
+    places = torch.minimum((torch.rand(_LOOKS, 2, generator=generator) * size).long(), size - 1)
+    found = (instances[tuple(places.T.to(instances.device))].long() > 0).nonzero()
+    if not len(found):
+        # few pixels of many: all of them
+        places = (instances.long() > 0).nonzero().cpu()
+        if not len(places):
+            return None
+        found = torch.randint(len(places), (1, 1), generator=generator)
+    return places[int(found[0, 0])].float()

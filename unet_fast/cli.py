@@ -262,6 +262,9 @@ def train(
     mirror: Annotated[bool | None, typer.Option(help="Mirror at random.")] = None,
     grey: Annotated[float | None, typer.Option(help="Strength of grey-value changes, 0 to 1, default 0.5.")] = None,
     zoom: Annotated[float | None, typer.Option(help="Enlarge or reduce by up to this factor, default 1: not.")] = None,
+    foreground: Annotated[
+        float | None, typer.Option(help="Share of tiles around a pixel of a cell, default 0: they lie anywhere.")
+    ] = None,
     noise: Annotated[float | None, typer.Option(help="Greatest sd of noise added, in the image's range.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of images kept for validation, default 0.1.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,

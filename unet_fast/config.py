@@ -94,6 +94,8 @@ class TrainConfig:
     grey: float = 0.5
     # cells come in one size where the microscope's magnification does not change
     zoom: float = 1.0
+    # the share of tiles that lie around a pixel of a cell, for images that are mostly empty; the others lie anywhere
+    foreground: float = 0.0
     # the warp blurs: without new noise the net never sees images as noisy as those it will be asked about
     noise: float = 0.0
     # the share of images (the last ones: a contiguous block) that is not trained on; 0 for none
@@ -136,8 +138,11 @@ class TrainConfig:
                 raise BadInput(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 < self.border_sigma < math.inf:
             raise BadInput(f"border_sigma must be above 0, got {self.border_sigma}")
-        if not 0 <= self.grey <= 1:
-            raise BadInput(f"grey must lie between 0 and 1, got {self.grey}")
+        for name in ("grey", "foreground"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.foreground and self.accumulate == "image":
+            raise BadInput(f"foreground must be 0 where whole images are drawn, got {self.foreground}")
         if not 1 <= self.zoom <= 4:
             raise BadInput(f"zoom must lie between 1 and 4, got {self.zoom}")
         if self.grid < 2:

@@ -37,6 +37,7 @@ class Sampler:
             grey=config.grey,
             zoom=config.zoom,
             noise=config.noise,
+            foreground=config.foreground,
         )
         self.whole = config.accumulate == "image"
         for side in {n for e in examples for n in self._covering(e)} if self.whole else ():
@@ -56,6 +57,25 @@ class Sampler:
         """(image [C, H, W], instances [H, W], target [H, W]) of each tile of a step, or of each whole image."""
         return [self._draw(step * self.config.batch + i) for i in range(self.config.batch)]
 
+    def folding(self, tries: int = 24) -> dict[str, float]:
+        """How often the elastic maps fold as they are drawn, before they are scaled down so that they do not.
+
+        "maps": the share of them that do; "pixels": the share of all their output's pixels where they do.
+        """
+        shares = []
+        for i in range(tries):
+            example = self.examples[i % len(self.examples)]
+            sides, grid_tile = self._sides(example)
+            height, width = example.instances.shape
+            generator = ElasticWarp.generator(self.config.seed, -2, i)
+            displacement = self.warp.draw(1, (height, width), generator, tile=grid_tile)
+            shares.append(float(self.warp.folded(displacement, (height, width), out_size=sides)))
+        return {"maps": sum(s > 0 for s in shares) / tries, "pixels": sum(shares) / tries}
+
+    def _sides(self, example: Example) -> tuple[tuple[int, int], int]:
+        """(rows and columns of what is drawn of an example, the tile that its elastic grid is laid over)."""
+        return (self._covering(example), _GRID_TILE) if self.whole else ((self.tile, self.tile), self.tile)
+
     def _covering(self, example: Example) -> tuple[int, int]:
         return covering_tile(example.instances.shape, depth=self.config.depth, up_mode=self.config.up_mode)
 
@@ -64,10 +84,7 @@ class Sampler:
         shuffled = torch.randperm(len(self.order), generator=ElasticWarp.generator(self.config.seed, epoch, -1))
         example = self.examples[self.order[int(shuffled[index])]]
         generator = ElasticWarp.generator(self.config.seed, epoch, index)
-        sides, grid_tile = (self.tile, self.tile), self.tile
-        if self.whole:
-            sides = self._covering(example)
-            grid_tile = _GRID_TILE
+        sides, grid_tile = self._sides(example)
         answered = tuple(geometry.output_size(n, self.config.depth) for n in sides)
         image, instances = self.warp.draw_tile(
             example.image, example.instances, sides, (answered[0], answered[1]), generator, grid_tile=grid_tile

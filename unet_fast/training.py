@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -138,7 +139,7 @@ def train(config: TrainConfig, *, resume: bool = False, progress: bool = True) -
         writable_folder(config.out)
         run = _Run(config, task, meter, choice)
         if progress:
-            _to_stderr(_summary(config, task, run.model))
+            _to_stderr(_summary(config, task, run))
         if state is not None:
             run.restore(state)
         else:
@@ -309,15 +310,21 @@ def _to_nobody(_: str) -> None:
     pass
 
 
-def _summary(config: TrainConfig, task: _Task, model: FastUNet) -> str:
+def _summary(config: TrainConfig, task: _Task, run: "_Run") -> str:
     held_out = task.validation.examples
     block = f"{held_out[0].name} to {held_out[-1].name}" if held_out else "none"
     each = "whole images in tiles of" if config.accumulate == "image" else "tile"
     return (
         f"labels understood as {task.data.kind}: {task.classes} classes; {task.data.channels} channel(s)\n"
         f"training on {len(task.learn)} images, validation on {len(held_out)} ({block})\n"
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {each} {config.tile}, "
+        f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {each} {config.tile}, "
         f"{config.steps} steps on {task.device}"
+        + (
+            f"\nnote: elastic maps of {config.elastic:g} px fold: {run.folding['maps']:.0%} of them, at "
+            f"{run.folding['pixels']:.2%} of all pixels; those are made smaller until they do not"
+            if run.folding["maps"]
+            else ""
+        )
     )
 
 
@@ -397,6 +404,10 @@ class _Run:
         # the greatest peak above the budget, and whether coming down is still tried
         self.exceeded, self.watched = 0, True
 
+    @cached_property
+    def folding(self) -> dict[str, float]:
+        return self.sampler.folding()
+
     # ---- what lies on disk
 
     def begin(self) -> None:
@@ -421,6 +432,7 @@ class _Run:
             "validation": [e.name for e in self.validation.examples],
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "net": self.model.settings,
+            "folding": self.folding,
             "memory": None if self.choice is None else asdict(self.choice),
             "device": str(self.device),
             "versions": {
@@ -730,7 +742,7 @@ def _continued(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
     """The settings of a run that goes on: what is left open now is as it was, what differs is refused by name."""
     now = config.as_dict()
     # a run of before there was a choice
-    before = {"precision": "float32", "accumulate": "tile", **before}
+    before = {"precision": "float32", "accumulate": "tile", "foreground": 0.0, **before}
     # epochs become steps when the data are known
     for key in sorted(set(now) - {*_FREE_ON_RESUME, "epochs"}):
         if now[key] != before.get(key):

@@ -16,7 +16,7 @@ from .conv1x1 import conv1x1
 from .conv3x3_relu import conv3x3_relu, conv3x3_relu_cat
 from .conv3x3_relu_pool import conv3x3_relu_pool, one_pass_pays
 from .crop_concat import crop_concat
-from .elastic_warp import elastic_warp
+from .elastic_warp import elastic_warp, warp_jacobian
 from .homotopic_warp import ERROR_KINDS, homotopic_warp
 from .max_pool2x2 import max_pool2x2
 from .rand_sums import rand_sums, watershed_cells
@@ -53,6 +53,7 @@ __all__ = [
     "two_nearest_cells",
     "up_conv",
     "using",
+    "warp_jacobian",
     "watershed_cells",
     "weighted_cross_entropy",
 ]

@@ -62,10 +62,17 @@ _QUESTIONS: dict[str, Callable[..., _choosing.Question]] = {
 }
 _CONVOLUTIONS = ("conv3x3_relu", "conv3x3_relu_cat", "conv3x3_relu_pool", "up_conv", "conv1x1")
 _CUDA: dict[str, Callable[[torch.device], str]] = {"connected_components": _native.why_not_cuda}
+
+
+def _single(device: torch.device, dtype: torch.dtype | None) -> str:
+    return "float64 is left to torch" if dtype == torch.float64 else _native.why_not(device)
+
+
 # likewise on a CPU
 _NATIVE: dict[str, Callable[[torch.device, torch.dtype | None], str]] = {
     "two_nearest_cells": _native.why_not,
     "border_weight": _native.why_not,
+    "elastic_warp": _single,
     "connected_components": _native.why_not,
 }
 

@@ -12,7 +12,7 @@ import torch
 __all__ = ["ABI_VERSION", "NativeLibraryMissing", "cuda", "describe", "missing", "native", "why_not", "why_not_cuda"]
 
 # UNET_ABI_VERSION of kernels/native/include/unet_native.h
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _SUFFIX = {"win32": "dll", "darwin": "dylib"}.get(sys.platform, "so")
 
@@ -30,8 +30,11 @@ def native() -> ctypes.CDLL:
     """
     library = _load("unet_native", "unet_abi_version")
     library.unet_build_info.restype = ctypes.c_char_p
+    library.unet_processor.restype = ctypes.c_char_p
     sizes, pointers = (ctypes.c_int64,) * 3, (ctypes.c_void_p,) * 2
     library.unet_two_nearest_cells_cpu.argtypes = (ctypes.c_void_p, *sizes, ctypes.c_double, *pointers)
+    library.unet_elastic_warp_cpu.argtypes = (ctypes.c_void_p,) * 3
+    library.unet_elastic_warp_backward_cpu.argtypes = (ctypes.c_void_p,) * 5
     library.unet_border_sum_cpu.argtypes = (
         *(ctypes.c_void_p, *sizes, ctypes.c_float),
         *(ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p),
@@ -96,7 +99,9 @@ def describe() -> dict[str, str]:
     """What there is of the two libraries, in words: {"native": ..., "native_cuda": ...}."""
     found = {}
     try:
-        found["native"] = f"{native().unet_build_info().decode()}, {native().unet_thread_count()} threads"
+        library = native()
+        parts = library.unet_build_info().decode(), library.unet_processor().decode()
+        found["native"] = f"{', '.join(parts)}, {library.unet_thread_count()} threads"
     except NativeLibraryMissing as missing:
         found["native"] = f"missing: {missing}"
     try:

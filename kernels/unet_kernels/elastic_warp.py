@@ -8,23 +8,39 @@ without repeating its edge. Coordinates are float32 (float64 if an operand is). 
 Backward keeps what came in and walks the map again. Derivation: docs/mathematics.md, section 6.
 
 On CUDA `_fwd_kernel` makes u, A, the mirrored addresses, every channel, the table and the labels of BLOCK_P pixels in
-one pass; nothing is stored but what is returned. The backward is ATen's operations.
+one pass; nothing is stored but what is returned. Backward, `_bwd_position_kernel` writes the gradient of u and, for the
+matrix, six sums a program; the grid's gradient is two products of matrices from there. The image's gradient is a
+gather: `_reach_kernel` says which rows and columns of the image each block of the output reads, and in
+`_bwd_image_kernel` each tile of the image adds up, block by block, a product of two matrices: the block's taps down
+[R, P], and its taps across times dout [S, P]. Nothing is added atomically, so that the same input gives the same bits.
+Products and sums are rounded one by one (no fma) and in the order of the reference, so that image and labels have its
+bits. On a CPU a C++ kernel (kernels/native/src/elastic_warp.cpp) does the same; float64 is the reference's own.
 """
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _checks, _triton, reference
+from . import _checks, _native, _triton, reference
 from ._triton import jit, tl
 
-__all__ = ["elastic_warp", "launch_elastic_warp_fwd"]
+__all__ = [
+    "elastic_warp",
+    "launch_elastic_warp_bwd",
+    "launch_elastic_warp_bwd_cpu",
+    "launch_elastic_warp_fwd",
+    "launch_elastic_warp_fwd_cpu",
+    "warp_jacobian",
+]
 
 IMAGES = (torch.uint8, torch.uint16, *_checks.FLOATS)
-# labels that a kernel writes as they are
+# labels that a Triton kernel writes as they are
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# side of a block of the output whose gradient is handed back at once, and of a tile of the image that takes it
+BLOCK, TILE = 8, 32
 
 # adding and taking away 1.5 x 2^23 rounds what is smaller to the nearest whole number, halves to even
 _ROUND = tl.constexpr(12582912.0)
@@ -33,34 +49,112 @@ _ROUND = tl.constexpr(12582912.0)
 @jit
 def _tap(f, OFFSET: tl.constexpr, ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
     """Weight of the pixel OFFSET away, for a position f in [0, 1) behind pixel 0: linear, or Keys' cubic, a = -0.75."""
+    g = 1.0 - f
     if ORDER == 1:
-        weight = f if OFFSET == 1 else 1.0 - f
+        weight = f if OFFSET == 1 else g
     elif OFFSET == -1:
-        t = 1.0 + f
-        weight = ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0
+        weight = -0.75 * (f * g) * g
     elif OFFSET == 0:
         weight = (1.25 * f - 2.25) * f * f + 1.0
     elif OFFSET == 1:
-        t = 1.0 - f
-        weight = (1.25 * t - 2.25) * t * t + 1.0
+        weight = (1.25 * g - 2.25) * g * g + 1.0
     else:
-        t = 2.0 - f
-        weight = ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0
+        weight = -0.75 * (f * g) * f
     return weight
 
 
 @jit
-def _mirror(index, size):  # type: ignore[no-untyped-def]
-    """1234 -> 32123432, wherever the index lies."""
+def _slope(f, OFFSET: tl.constexpr, ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The derivative of `_tap` by f; of linear, at a whole pixel, the one to the right."""
+    if ORDER == 1:
+        slope = tl.zeros_like(f) + (1.0 if OFFSET == 1 else -1.0)
+    elif OFFSET == -1:
+        t = 1.0 + f
+        slope = (-2.25 * t + 7.5) * t - 6.0
+    elif OFFSET == 0:
+        slope = (3.75 * f - 4.5) * f
+    elif OFFSET == 1:
+        t = 1.0 - f
+        slope = (4.5 - 3.75 * t) * t
+    else:
+        t = 2.0 - f
+        slope = (2.25 * t - 7.5) * t + 6.0
+    return slope
+
+
+@jit
+def _wrapped(index, size):  # type: ignore[no-untyped-def]
+    """A whole position within the period with which the mirrored image repeats."""
     period = tl.maximum(2 * size - 2, 1)
-    folded = (index % period + period) % period
-    return tl.where(folded < size, folded, period - folded)
+    index = index % period
+    return tl.where(index < 0, index + period, index)
+
+
+@jit
+def _mirrored(wrapped, size):  # type: ignore[no-untyped-def]
+    """1234 -> 32123432, of a wrapped position, or one less, or up to two more."""
+    back = 2 * size - 2 - wrapped
+    return tl.minimum(tl.minimum(tl.abs(wrapped), tl.abs(back)), size - 1)
+
+
+@jit
+def _displaced(grid_ptr, row, column, H, W, GH, GW, scale_y, scale_x, inside):  # type: ignore[no-untyped-def]
+    """p + u(p): u is bicubic between the points of the grid, first down, then across; its edge value outside."""
+    at_y = tl.minimum(tl.maximum(row, 0), H - 1).to(tl.float32) * scale_y
+    at_x = tl.minimum(tl.maximum(column, 0), W - 1).to(tl.float32) * scale_x
+    low_y, low_x = tl.floor(at_y), tl.floor(at_x)
+    f_y, f_x = at_y - low_y, at_x - low_x
+    u_y, u_x = tl.zeros_like(at_y), tl.zeros_like(at_x)
+    for j in tl.static_range(4):
+        g_x = tl.minimum(tl.maximum(low_x.to(tl.int32) + (j - 1), 0), GW - 1)
+        down_y, down_x = tl.zeros_like(at_y), tl.zeros_like(at_x)
+        for i in tl.static_range(4):
+            g_y = tl.minimum(tl.maximum(low_y.to(tl.int32) + (i - 1), 0), GH - 1)
+            point = grid_ptr + g_y * GW + g_x
+            weight = _tap(f_y, i - 1, 3)
+            down_y += weight * tl.load(point, mask=inside, other=0.0)
+            down_x += weight * tl.load(point + GH * GW, mask=inside, other=0.0)
+        weight = _tap(f_x, j - 1, 3)
+        u_y += weight * down_y
+        u_x += weight * down_x
+    return row.to(tl.float32) + u_y, column.to(tl.float32) + u_x
+
+
+@jit
+def _transformed(m, y, x):  # type: ignore[no-untyped-def]
+    """M[:, :2] q + M[:, 2], q = (y, x) from the centre; m points to M."""
+    to_y = tl.load(m) * y + tl.load(m + 1) * x + tl.load(m + 2)
+    return to_y, tl.load(m + 3) * y + tl.load(m + 4) * x + tl.load(m + 5)
+
+
+@jit
+def _position(  # type: ignore[no-untyped-def]
+    grid_ptr, matrix_ptr, n, row, column, H, W, GH, GW, scale_y, scale_x, inside
+):
+    """Where an output pixel reads, and, before the affine map, where that is from the centre."""
+    y, x = _displaced(grid_ptr + n * 2 * GH * GW, row, column, H, W, GH, GW, scale_y, scale_x, inside)
+    centre_y, centre_x = (H - 1) * 0.5, (W - 1) * 0.5
+    q_y, q_x = y - centre_y, x - centre_x
+    if matrix_ptr is not None:
+        y, x = _transformed(matrix_ptr + n * 6, q_y, q_x)
+        y, x = y + centre_y, x + centre_x
+    return y, x, q_y, q_x
+
+
+@jit
+def _table(table, value, factor, L, inside):  # type: ignore[no-untyped-def]
+    """(position in the table, its entry before it, that entry's value, the next one's); of no number, those of 0."""
+    known = tl.where(value == value, value, 0.0)
+    position = tl.minimum(tl.maximum(known * factor, 0.0), L - 1.0)
+    entry = tl.minimum(tl.floor(position), L - 2.0)
+    first = tl.load(table + entry.to(tl.int32), mask=inside, other=0.0)
+    return position, entry, first, tl.load(table + entry.to(tl.int32) + 1, mask=inside, other=0.0)
 
 
 @jit
 def _fwd_kernel(  # type: ignore[no-untyped-def]
     image_ptr, grid_ptr, labels_ptr, matrix_ptr, lut_ptr, out_ptr, warped_ptr,
-    C, H, W, GH, GW, h, w, top, left, L, scale_y, scale_x, highest,
+    C, H, W, GH, GW, h, w, top, left, scale_y, scale_x, L, factor, highest,
     stride_in, stride_ic, stride_ih, stride_iw,
     stride_ln, stride_lh, stride_lw, stride_tn,
     ORDER: tl.constexpr, WHOLE: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -69,65 +163,35 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
     n = tl.program_id(1).to(tl.int64)
     inside = p < h * w
     row, column = p // w + top, p % w + left
-
-    # u: bicubic between the points of the grid, its edge value outside the image
-    at_y = tl.minimum(tl.maximum(row, 0), H - 1).to(tl.float32) * scale_y
-    at_x = tl.minimum(tl.maximum(column, 0), W - 1).to(tl.float32) * scale_x
-    low_y, low_x = tl.floor(at_y), tl.floor(at_x)
-    f_y, f_x = at_y - low_y, at_x - low_x
-    u_y = tl.zeros([BLOCK_P], tl.float32)
-    u_x = tl.zeros([BLOCK_P], tl.float32)
-    for i in tl.static_range(4):
-        g_y = tl.minimum(tl.maximum(low_y.to(tl.int32) + (i - 1), 0), GH - 1)
-        of_y = tl.zeros([BLOCK_P], tl.float32)
-        of_x = tl.zeros([BLOCK_P], tl.float32)
-        for j in tl.static_range(4):
-            g_x = tl.minimum(tl.maximum(low_x.to(tl.int32) + (j - 1), 0), GW - 1)
-            point = grid_ptr + n * 2 * GH * GW + g_y * GW + g_x
-            weight = _tap(f_x, j - 1, 3)
-            of_y += weight * tl.load(point, mask=inside, other=0.0)
-            of_x += weight * tl.load(point + GH * GW, mask=inside, other=0.0)
-        weight = _tap(f_y, i - 1, 3)
-        u_y += weight * of_y
-        u_x += weight * of_x
-    y, x = row.to(tl.float32) + u_y, column.to(tl.float32) + u_x
-
-    if matrix_ptr is not None:
-        centre_y, centre_x = (H - 1) * 0.5, (W - 1) * 0.5
-        q_y, q_x = y - centre_y, x - centre_x
-        m = matrix_ptr + n * 6
-        y = tl.load(m) * q_y + tl.load(m + 1) * q_x + tl.load(m + 2) + centre_y
-        x = tl.load(m + 3) * q_y + tl.load(m + 4) * q_x + tl.load(m + 5) + centre_x
-
-    if labels_ptr is not None:
-        nearest_y = _mirror(tl.floor(y + 0.5).to(tl.int32), H).to(tl.int64)
-        nearest_x = _mirror(tl.floor(x + 0.5).to(tl.int32), W).to(tl.int64)
-        nearest = labels_ptr + n * stride_ln + nearest_y * stride_lh + nearest_x * stride_lw
-        tl.store(warped_ptr + n * h * w + p, tl.load(nearest, mask=inside, other=0), mask=inside)
+    y, x, _q_y, _q_x = _position(grid_ptr, matrix_ptr, n, row, column, H, W, GH, GW, scale_y, scale_x, inside)
 
     y0, x0 = tl.floor(y), tl.floor(x)
     f_y, f_x = y - y0, x - x0
+    from_y, from_x = _wrapped(y0.to(tl.int32), H), _wrapped(x0.to(tl.int32), W)
+
+    if labels_ptr is not None:
+        nearest_y = _mirrored(from_y + (f_y >= 0.5).to(tl.int32), H).to(tl.int64)
+        nearest_x = _mirrored(from_x + (f_x >= 0.5).to(tl.int32), W).to(tl.int64)
+        nearest = labels_ptr + n * stride_ln + nearest_y * stride_lh + nearest_x * stride_lw
+        tl.store(warped_ptr + n * h * w + p, tl.load(nearest, mask=inside, other=0), mask=inside)
+
     START: tl.constexpr = 0 if ORDER == 1 else -1
     plane = image_ptr + n * stride_in
     out = out_ptr + n * C * h * w + p
     c = 0
     while c < C:
         value = tl.zeros([BLOCK_P], tl.float32)
-        for i in tl.static_range(ORDER + 1):
-            r = _mirror(y0.to(tl.int32) + (START + i), H).to(tl.int64) * stride_ih
-            of_row = _tap(f_y, START + i, ORDER)
-            for j in tl.static_range(ORDER + 1):
-                s = _mirror(x0.to(tl.int32) + (START + j), W).to(tl.int64) * stride_iw
+        for j in tl.static_range(ORDER + 1):
+            s = _mirrored(from_x + (START + j), W).to(tl.int64) * stride_iw
+            down = tl.zeros([BLOCK_P], tl.float32)
+            for i in tl.static_range(ORDER + 1):
+                r = _mirrored(from_y + (START + i), H).to(tl.int64) * stride_ih
                 pixel = tl.load(plane + r + s, mask=inside, other=0).to(tl.float32)
-                value += pixel * (of_row * _tap(f_x, START + j, ORDER))
+                down += pixel * _tap(f_y, START + i, ORDER)
+            value += down * _tap(f_x, START + j, ORDER)
         if lut_ptr is not None:
+            position, entry, first, second = _table(lut_ptr + n * stride_tn, value, factor, L, inside)
             # what is no number has no place in the table, and stays what it is
-            known = tl.where(value == value, value, 0.0)
-            position = tl.minimum(tl.maximum(known / highest * (L - 1), 0.0), L - 1.0)
-            entry = tl.minimum(tl.floor(position), L - 2.0)
-            table = lut_ptr + n * stride_tn + entry.to(tl.int32)
-            first = tl.load(table, mask=inside, other=0.0)
-            second = tl.load(table + 1, mask=inside, other=0.0)
             value = tl.where(value == value, first + (second - first) * (position - entry), value)
         if WHOLE:
             value = tl.minimum(tl.maximum(value, 0.0), highest)
@@ -138,13 +202,188 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
         c += 1
 
 
+@jit
+def _bwd_position_kernel(  # type: ignore[no-untyped-def]
+    dout_ptr, image_ptr, grid_ptr, matrix_ptr, lut_ptr, du_ptr, sums_ptr, dvalue_ptr,
+    C, H, W, GH, GW, h, w, top, left, scale_y, scale_x, L, factor,
+    stride_in, stride_ic, stride_ih, stride_iw, stride_tn,
+    ORDER: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P] pixels of one output
+    n = tl.program_id(1).to(tl.int64)
+    inside = p < h * w
+    row, column = p // w + top, p % w + left
+    y, x, q_y, q_x = _position(grid_ptr, matrix_ptr, n, row, column, H, W, GH, GW, scale_y, scale_x, inside)
+    y0, x0 = tl.floor(y), tl.floor(x)
+    f_y, f_x = y - y0, x - x0
+    from_y, from_x = _wrapped(y0.to(tl.int32), H), _wrapped(x0.to(tl.int32), W)
+    START: tl.constexpr = 0 if ORDER == 1 else -1
+    dy = tl.zeros([BLOCK_P], tl.float32)
+    dx = tl.zeros([BLOCK_P], tl.float32)
+    plane = image_ptr + n * stride_in
+    at = n * C * h * w + p
+    c = 0
+    while c < C:
+        value = tl.zeros([BLOCK_P], tl.float32)
+        by_y = tl.zeros([BLOCK_P], tl.float32)
+        by_x = tl.zeros([BLOCK_P], tl.float32)
+        for j in tl.static_range(ORDER + 1):
+            s = _mirrored(from_x + (START + j), W).to(tl.int64) * stride_iw
+            down = tl.zeros([BLOCK_P], tl.float32)
+            steep = tl.zeros([BLOCK_P], tl.float32)
+            for i in tl.static_range(ORDER + 1):
+                r = _mirrored(from_y + (START + i), H).to(tl.int64) * stride_ih
+                pixel = tl.load(plane + r + s, mask=inside, other=0).to(tl.float32)
+                down += pixel * _tap(f_y, START + i, ORDER)
+                steep += pixel * _slope(f_y, START + i, ORDER)
+            value += down * _tap(f_x, START + j, ORDER)
+            by_y += steep * _tap(f_x, START + j, ORDER)
+            by_x += down * _slope(f_x, START + j, ORDER)
+        d = tl.load(dout_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if lut_ptr is not None:
+            position, _entry, first, second = _table(lut_ptr + n * stride_tn, value, factor, L, inside)
+            # flat beyond the ends, and where there is no number
+            d = tl.where(value * factor == position, d * ((second - first) * factor), 0.0)
+            if dvalue_ptr is not None:
+                tl.store(dvalue_ptr + at, d, mask=inside)
+        dy += d * by_y
+        dx += d * by_x
+        plane += stride_ic
+        at += h * w
+        c += 1
+    if matrix_ptr is not None:
+        if sums_ptr is not None:
+            # [N, programs, 6]; lanes outside have no d, and q of their own
+            sums = sums_ptr + (n * tl.num_programs(0) + tl.program_id(0)) * 6
+            tl.store(sums, tl.sum(dy * q_y, axis=0))
+            tl.store(sums + 1, tl.sum(dy * q_x, axis=0))
+            tl.store(sums + 2, tl.sum(dy, axis=0))
+            tl.store(sums + 3, tl.sum(dx * q_y, axis=0))
+            tl.store(sums + 4, tl.sum(dx * q_x, axis=0))
+            tl.store(sums + 5, tl.sum(dx, axis=0))
+        m = matrix_ptr + n * 6
+        du_y, du_x = tl.load(m) * dy + tl.load(m + 3) * dx, tl.load(m + 1) * dy + tl.load(m + 4) * dx
+    else:
+        du_y, du_x = dy, dx
+    if du_ptr is not None:
+        du = du_ptr + n * 2 * h * w + p
+        tl.store(du, du_y, mask=inside)
+        tl.store(du + h * w, du_x, mask=inside)
+
+
+@jit
+def _reach_kernel(  # type: ignore[no-untyped-def]
+    grid_ptr, matrix_ptr, positions_ptr, reach_ptr,
+    H, W, GH, GW, h, w, top, left, scale_y, scale_x,
+    ORDER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    block, n = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, column, inside = _pixels(block, h, w, BLOCK)
+    y, x, _q_y, _q_x = _position(
+        grid_ptr, matrix_ptr, n, row + top, column + left, H, W, GH, GW, scale_y, scale_x, inside
+    )
+    positions = positions_ptr + n * 2 * h * w + row * w + column
+    tl.store(positions, y, mask=inside)
+    tl.store(positions + h * w, x, mask=inside)
+    from_y = _wrapped(tl.floor(y).to(tl.int32), H)
+    from_x = _wrapped(tl.floor(x).to(tl.int32), W)
+    START: tl.constexpr = 0 if ORDER == 1 else -1
+    low_y, high_y, low_x, high_x = H, -1, W, -1
+    for k in tl.static_range(ORDER + 1):
+        r, s = _mirrored(from_y + (START + k), H), _mirrored(from_x + (START + k), W)
+        low_y = tl.minimum(low_y, tl.min(tl.where(inside, r, H), axis=0))
+        high_y = tl.maximum(high_y, tl.max(tl.where(inside, r, -1), axis=0))
+        low_x = tl.minimum(low_x, tl.min(tl.where(inside, s, W), axis=0))
+        high_x = tl.maximum(high_x, tl.max(tl.where(inside, s, -1), axis=0))
+    # [N, blocks, 4]: the first and the last row, the first and the last column
+    reach = reach_ptr + (n * tl.num_programs(0) + block) * 4
+    tl.store(reach, low_y)
+    tl.store(reach + 1, high_y)
+    tl.store(reach + 2, low_x)
+    tl.store(reach + 3, high_x)
+
+
+@jit
+def _pixels(block, h, w, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows and columns of the BLOCK x BLOCK output pixels of a block, and which of them are there."""
+    i = tl.arange(0, BLOCK * BLOCK)
+    across = tl.cdiv(w, BLOCK)
+    row, column = (block // across) * BLOCK + i // BLOCK, (block % across) * BLOCK + i % BLOCK
+    return row, column, (row < h) & (column < w)
+
+
+@jit
+def _bwd_image_kernel(  # type: ignore[no-untyped-def]
+    dvalue_ptr, positions_ptr, reach_ptr, dimage_ptr,
+    C, H, W, h, w, blocks,
+    ORDER: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    tiles_across = tl.cdiv(W, TILE)
+    first_row = (tl.program_id(0) // tiles_across) * TILE
+    first_column = (tl.program_id(0) % tiles_across) * TILE
+    rows, columns = first_row + tl.arange(0, TILE), first_column + tl.arange(0, TILE)  # [TILE] of the image
+    plane = tl.program_id(1).to(tl.int64)
+    n = plane // C
+    START: tl.constexpr = 0 if ORDER == 1 else -1
+    acc = tl.zeros([TILE, TILE], tl.float32)
+    block = 0
+    while block < blocks:
+        reach = reach_ptr + (n * blocks + block) * 4
+        meets = (tl.load(reach) < first_row + TILE) & (tl.load(reach + 1) >= first_row)
+        meets = meets & (tl.load(reach + 2) < first_column + TILE) & (tl.load(reach + 3) >= first_column)
+        if meets:
+            row, column, inside = _pixels(block, h, w, BLOCK)
+            d = tl.load(dvalue_ptr + plane * h * w + row * w + column, mask=inside, other=0.0).to(tl.float32)
+            positions = positions_ptr + n * 2 * h * w + row * w + column
+            y, x = tl.load(positions, mask=inside, other=0.0), tl.load(positions + h * w, mask=inside, other=0.0)
+            y0, x0 = tl.floor(y), tl.floor(x)
+            f_y, f_x = y - y0, x - x0
+            # NaN and infinities are not 0
+            odd = (d - d) + (f_y - f_y) + (f_x - f_x)
+            if tl.max((odd != 0.0).to(tl.int32), axis=0) == 0:
+                from_y, from_x = _wrapped(y0.to(tl.int32), H), _wrapped(x0.to(tl.int32), W)
+                down = tl.zeros([TILE, BLOCK * BLOCK], tl.float32)
+                across = tl.zeros([TILE, BLOCK * BLOCK], tl.float32)
+                for k in tl.static_range(ORDER + 1):
+                    here = rows[:, None] == _mirrored(from_y + (START + k), H)[None, :]
+                    down += tl.where(here, _tap(f_y, START + k, ORDER)[None, :], 0.0)
+                    here = columns[:, None] == _mirrored(from_x + (START + k), W)[None, :]
+                    across += tl.where(here, (d * _tap(f_x, START + k, ORDER))[None, :], 0.0)
+                acc += tl.dot(down, tl.trans(across), input_precision="ieee")
+            else:
+                # in a product of matrices they would reach the whole tile: pixel by pixel, where each was read from
+                one = 0
+                while one < BLOCK * BLOCK:
+                    a_row = (block // tl.cdiv(w, BLOCK)) * BLOCK + one // BLOCK
+                    a_column = (block % tl.cdiv(w, BLOCK)) * BLOCK + one % BLOCK
+                    if (a_row < h) & (a_column < w):
+                        at = a_row * w + a_column
+                        value = tl.load(dvalue_ptr + plane * h * w + at).to(tl.float32)
+                        a_y = tl.load(positions_ptr + n * 2 * h * w + at)
+                        a_x = tl.load(positions_ptr + (n * 2 + 1) * h * w + at)
+                        for i in tl.static_range(ORDER + 1):
+                            on_row = rows == _mirrored(_wrapped(tl.floor(a_y).to(tl.int32), H) + (START + i), H)
+                            of_row = _tap(a_y - tl.floor(a_y), START + i, ORDER)
+                            for j in tl.static_range(ORDER + 1):
+                                on_column = columns == _mirrored(
+                                    _wrapped(tl.floor(a_x).to(tl.int32), W) + (START + j), W
+                                )
+                                of_column = _tap(a_x - tl.floor(a_x), START + j, ORDER)
+                                there = on_row[:, None] & on_column[None, :]
+                                acc += tl.where(there, value * (of_row * of_column), 0.0)
+                    one += 1
+        block += 1
+    out = dimage_ptr + plane * H * W + rows.to(tl.int64)[:, None] * W + columns[None, :]
+    tl.store(out, acc.to(dimage_ptr.dtype.element_ty), mask=(rows < H)[:, None] & (columns < W)[None, :])
+
+
 def why_not(image: Tensor, displacement: Tensor, labels: Tensor | None, out_size: Sequence[int]) -> str:
-    """Why the Triton kernel cannot take these, or "" if it can."""
+    """Why the Triton kernels cannot take these, or "" if they can."""
     if labels is not None and labels.dtype not in LABELS:
         return f"labels of {str(labels.dtype).removeprefix('torch.')} are left to torch"
     if displacement.dtype == torch.float64:
         return "float64 is left to torch"
-    if image.shape[0] >= 2**16 or out_size[0] * out_size[1] >= 2**31 - 512:
+    if image.shape[0] * image.shape[1] >= 2**16 or out_size[0] * out_size[1] >= 2**31 - 512:
         return "so many pixels are left to torch"
     return _triton.why_not(image.device, image.dtype)
 
@@ -160,34 +399,203 @@ def launch_elastic_warp_fwd(
 ) -> tuple[Tensor, Tensor]:
     N, C, H, W = image.shape
     h, w = out_size
-    out = torch.empty((N, C, h, w), dtype=image.dtype, device=image.device)
-    warped = torch.empty(0 if labels is None else (N, h, w), dtype=labels.dtype if labels is not None else None,
-                         device=image.device)  # fmt: skip
+    out, warped = _made(image, labels, out_size)
     if not N * h * w:
         return out, warped
-    GH, GW = displacement.shape[2:]
-    whole = not image.is_floating_point()
     BLOCK_P = 256
     with _triton.on_device(image):
         _fwd_kernel[(-(-h * w // BLOCK_P), N)](
-            image, displacement.float().contiguous(), labels,
-            None if matrix is None else matrix.float().contiguous(), None if lut is None else lut.float().contiguous(),
-            out, warped,
-            C, H, W, GH, GW, h, w, (H - h) // 2, (W - w) // 2, 0 if lut is None else lut.shape[-1],
-            _scale(GH, H), _scale(GW, W), float(torch.iinfo(image.dtype).max) if whole else 1.0,
-            *image.stride(), *((0, 0, 0) if labels is None else labels.stride()),
-            lut.shape[-1] if lut is not None and lut.dim() == 2 else 0,
-            ORDER=order, WHOLE=whole, BLOCK_P=BLOCK_P, num_warps=4,
+            image, _read(displacement), labels, _read(matrix), _read(lut), out, warped,
+            C, H, W, *_sizes(image, displacement, out_size), *_table_of(lut, image.dtype),
+            reference.highest_grey(image.dtype),
+            *image.stride(), *((0, 0, 0) if labels is None else labels.stride()), _row_of(lut),
+            ORDER=order, WHOLE=not image.is_floating_point(), BLOCK_P=BLOCK_P, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out, warped
 
 
-def _scale(points: int, pixels: int) -> float:
-    """Grid points a pixel: corners on corners."""
-    return (points - 1) / (pixels - 1) if pixels > 1 else 0.0
+def launch_elastic_warp_bwd(
+    dout: Tensor,
+    image: Tensor,
+    displacement: Tensor,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of image, that of u at every output pixel [N, 2, h, w], and parts [N, parts, 6] of the matrix's.
+
+    Of these what is needed for the gradients of image, displacement and matrix; the others are empty.
+    """
+    N, C, H, W = image.shape
+    h, w = out_size
+    BLOCK_P = 256
+    programs, blocks = -(-h * w // BLOCK_P), -(-h // BLOCK) * -(-w // BLOCK)
+    for_image, for_displacement, for_matrix = needs
+    dimage = torch.empty(image.shape if for_image else 0, dtype=image.dtype, device=image.device)
+
+    def room(*shape: int, needed: bool) -> Tensor:
+        return torch.empty(shape if needed else 0, dtype=torch.float32, device=image.device)
+
+    du, sums = room(N, 2, h, w, needed=for_displacement), room(N, programs, 6, needed=for_matrix)
+    # the gradient of what was read, before the table
+    dvalue = room(N, C, h, w, needed=True) if for_image and lut is not None else None
+    dout, grid, affine, table = dout.contiguous(), _read(displacement), _read(matrix), _read(lut)
+    sizes = _sizes(image, displacement, out_size)
+    with _triton.on_device(image):
+        if N and (for_displacement or for_matrix or dvalue is not None):
+            _bwd_position_kernel[(programs, N)](
+                dout, image, grid, affine, table,
+                du if for_displacement else None, sums if for_matrix else None, dvalue,
+                C, H, W, *sizes, *_table_of(lut, image.dtype), *image.stride(), _row_of(lut),
+                ORDER=order, BLOCK_P=BLOCK_P, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+        if dimage.numel():
+            reach = torch.empty((N, blocks, 4), dtype=torch.int32, device=image.device)
+            positions = room(N, 2, h, w, needed=True)
+            _reach_kernel[(blocks, N)](
+                grid, affine, positions, reach, H, W, *sizes,
+                ORDER=order, BLOCK=BLOCK, num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+            _bwd_image_kernel[(-(-H // TILE) * -(-W // TILE), N * C)](
+                dout if dvalue is None else dvalue, positions, reach, dimage, C, H, W, h, w, blocks,
+                ORDER=order, BLOCK=BLOCK, TILE=TILE, num_warps=8,
+            )  # fmt: skip
+    return dimage, du, sums
+
+
+def _made(image: Tensor, labels: Tensor | None, out_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Room for the output: an op returns tensors, and labels that nobody has are empty."""
+    n, c = image.shape[:2]
+    out = torch.empty((n, c, *out_size), dtype=image.dtype, device=image.device)
+    if labels is None:
+        return out, torch.empty(0, device=image.device)
+    return out, torch.empty((n, *out_size), dtype=labels.dtype, device=image.device)
+
+
+def _read(small: Tensor | None) -> Tensor | None:
+    """A grid, a matrix or a table as the kernels read it."""
+    return None if small is None else small.float().contiguous()
+
+
+def _sizes(image: Tensor, displacement: Tensor, out_size: Sequence[int]) -> tuple[Any, ...]:
+    """GH, GW, h, w, top, left, scale_y, scale_x."""
+    (H, W), (GH, GW), (h, w) = image.shape[2:], displacement.shape[2:], out_size
+    scales = reference.points_per_pixel(GH, H), reference.points_per_pixel(GW, W)
+    return GH, GW, h, w, (H - h) // 2, (W - w) // 2, *scales
+
+
+def _table_of(lut: Tensor | None, dtype: torch.dtype) -> tuple[int, float]:
+    """Entries, and how many of them a unit of grey value is."""
+    entries = 0 if lut is None else lut.shape[-1]
+    return entries, (entries - 1) / reference.highest_grey(dtype)
+
+
+def _row_of(lut: Tensor | None) -> int:
+    """From one image's table to the next."""
+    return lut.shape[-1] if lut is not None and lut.dim() == 2 else 0
+
+
+class _Warp(ctypes.Structure):
+    """unet_warp of kernels/native/include/unet_native.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("image", "labels", "displacement", "matrix", "table")),
+        *((name, ctypes.c_int64) for name in ("count", "channels", "height", "width", "grid_height", "grid_width")),
+        *((name, ctypes.c_int64) for name in ("out_height", "out_width")),
+        ("image_stride", ctypes.c_int64 * 4),
+        ("label_stride", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int64) for name in ("table_stride", "entries")),
+        *((name, ctypes.c_int32) for name in ("pixel", "label_bytes", "order")),
+    )
+
+
+# UNET_UINT8, UNET_UINT16, UNET_FLOAT32
+_PIXELS = {torch.uint8: 0, torch.uint16: 1, torch.float32: 2}
+
+
+def cpu_why_not(image: Tensor, displacement: Tensor) -> str:
+    """Why the C++ kernel cannot take these, or "" if it can."""
+    if torch.float64 in (image.dtype, displacement.dtype):
+        return "float64 is left to torch"
+    return _native.why_not(image.device)
+
+
+def launch_elastic_warp_fwd_cpu(
+    image: Tensor,
+    displacement: Tensor,
+    labels: Tensor | None,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+) -> tuple[Tensor, Tensor]:
+    """The C++ kernel."""
+    wide = _as_read_on_cpu(image)
+    out, warped = _made(wide, labels, out_size)
+    warp, _keep = _native_warp(wide, displacement, labels, matrix, lut, out_size, order)
+    status = _native.native().unet_elastic_warp_cpu(ctypes.byref(warp), out.data_ptr(), warped.data_ptr())
+    _expect_memory(status)
+    return out.to(image.dtype), warped
+
+
+def launch_elastic_warp_bwd_cpu(
+    dout: Tensor,
+    image: Tensor,
+    displacement: Tensor,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The C++ kernel, as `launch_elastic_warp_bwd`; one float64 part."""
+    wide, (h, w), n = _as_read_on_cpu(image), out_size, len(image)
+    dimage = torch.empty(image.shape if needs[0] else 0, dtype=wide.dtype)
+    du = torch.empty((n, 2, h, w) if needs[1] else 0, dtype=torch.float32)
+    sums = torch.empty((n, 1, 6) if needs[2] else 0, dtype=torch.float64)
+    dout = dout.float().contiguous()
+    warp, _keep = _native_warp(wide, displacement, None, matrix, lut, out_size, order)
+    wanted = (t.data_ptr() if needed else None for t, needed in zip((dimage, du, sums), needs, strict=True))
+    status = _native.native().unet_elastic_warp_backward_cpu(ctypes.byref(warp), dout.data_ptr(), *wanted)
+    _expect_memory(status)
+    return dimage.to(image.dtype), du, sums
+
+
+def _as_read_on_cpu(image: Tensor) -> Tensor:
+    # 16-bit floats go through float32, as in the reference
+    return image if image.dtype in _PIXELS else image.float()
+
+
+def _native_warp(
+    image: Tensor,
+    displacement: Tensor,
+    labels: Tensor | None,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+) -> tuple[_Warp, Any]:
+    """(what the C++ kernels are given, what must live as long)."""
+    tensors = image, labels, *map(_read, (displacement, matrix, lut))
+    warp = _Warp(
+        *(None if t is None else t.data_ptr() for t in tensors),
+        *image.shape, *displacement.shape[2:], *out_size,
+        tuple(image.stride()), (0, 0, 0) if labels is None else tuple(labels.stride()),
+        _row_of(lut), _table_of(lut, image.dtype)[0],
+        _PIXELS[image.dtype], 0 if labels is None else labels.element_size(), order,
+    )  # fmt: skip
+    return warp, tensors
+
+
+def _expect_memory(status: int) -> None:
+    if status:
+        raise MemoryError("elastic_warp needs about 1 MB a thread and found none")
 
 
 @torch.library.custom_op("unet::elastic_warp", mutates_args=())
+@_checks.outside_autocast
 def _op(
     image: Tensor,
     displacement: Tensor,
@@ -200,10 +608,12 @@ def _op(
     _expect_finite("displacement", displacement)
     if matrix is not None:
         _expect_finite("matrix", matrix)
-    # the map is a matter of float32 whatever the caller's autocast says
-    with torch.autocast(image.device.type, enabled=False):
-        out, warped = reference.elastic_warp(image, displacement, labels, matrix, lut, out_size, order)
-    # an op returns tensors always: no labels, no elements
+    arguments = (image, displacement, labels, matrix, lut, out_size, order)
+    return _by_torch(*arguments) if cpu_why_not(image, displacement) else launch_elastic_warp_fwd_cpu(*arguments)
+
+
+def _by_torch(image: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    out, warped = reference.elastic_warp(image, *rest)
     return out.contiguous(), torch.empty(0, device=image.device) if warped is None else warped.contiguous()
 
 
@@ -219,27 +629,15 @@ def _cuda(
     order: int,
 ) -> tuple[Tensor, Tensor]:
     arguments = (image, displacement, labels, matrix, lut, out_size, order)
-    if not why_not(image, displacement, labels, out_size):
-        return launch_elastic_warp_fwd(*arguments)
-    out, warped = reference.elastic_warp(*arguments)
-    return out.contiguous(), torch.empty(0, device=image.device) if warped is None else warped.contiguous()
+    refusal = why_not(image, displacement, labels, out_size)
+    return _by_torch(*arguments) if refusal else launch_elastic_warp_fwd(*arguments)
 
 
 @_op.register_fake
 def _(
-    image: Tensor,
-    displacement: Tensor,
-    labels: Tensor | None,
-    matrix: Tensor | None,
-    lut: Tensor | None,
-    out_size: Sequence[int],
-    order: int,
+    image: Tensor, displacement: Tensor, labels: Tensor | None, matrix: Any, lut: Any, out_size: Any, order: int
 ) -> tuple[Tensor, Tensor]:
-    n, c = image.shape[:2]
-    out = torch.empty((n, c, *out_size), dtype=image.dtype, device=image.device)
-    if labels is None:
-        return out, torch.empty(0, device=image.device)
-    return out, torch.empty((n, *out_size), dtype=labels.dtype, device=image.device)
+    return _made(image, labels, out_size)
 
 
 def _expect_finite(name: str, value: Tensor) -> None:
@@ -248,124 +646,121 @@ def _expect_finite(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be finite, got {int((~value.isfinite()).sum())} NaN or infinite values")
 
 
+@torch.library.custom_op("unet::elastic_warp_backward", mutates_args=())
+@_checks.outside_autocast
+def _backward_op(
+    dout: Tensor,
+    image: Tensor,
+    displacement: Tensor,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    launch = None if cpu_why_not(image, displacement) else launch_elastic_warp_bwd_cpu
+    return _gradients(launch, dout, image, displacement, matrix, lut, out_size, order, needs)
+
+
+def _gradients(
+    launch: Callable[..., tuple[Tensor, Tensor, Tensor]] | None,
+    dout: Tensor,
+    image: Tensor,
+    displacement: Tensor,
+    matrix: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of image, displacement and matrix, those that are needed, by a launcher or by the reference."""
+    made = _made_gradients(image, displacement, matrix, rest[-1])
+    if launch is None:
+        found = reference.elastic_warp_gradients(dout, image, displacement, matrix, *rest)
+    else:
+        dimage, du, sums = launch(dout, image, displacement, matrix, *rest)
+        # parts are added in one order, and in float64
+        found = [
+            dimage,
+            reference.grid_gradient(du, displacement, *image.shape[2:]) if du.dim() == 4 else None,
+            sums.sum(1, dtype=torch.float64).view(-1, 2, 3) if sums.dim() == 3 else None,
+        ]
+    of_image, of_grid, of_matrix = (
+        m.copy_(f) if f is not None and m.numel() else m for m, f in zip(made, found, strict=True)
+    )
+    return of_image, of_grid, of_matrix
+
+
+def _made_gradients(
+    image: Tensor, displacement: Tensor, matrix: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the gradients: an op returns tensors, and one that nobody needs is empty."""
+    return (
+        torch.empty(image.shape if needs[0] else 0, dtype=image.dtype, device=image.device),
+        torch.empty(displacement.shape if needs[1] else 0, dtype=displacement.dtype, device=image.device),
+        torch.empty(0, device=image.device)
+        if matrix is None or not needs[2]
+        else torch.empty(matrix.shape, dtype=matrix.dtype, device=image.device),
+    )
+
+
+@_backward_op.register_kernel("cuda")
+@_checks.outside_autocast
+def _backward_cuda(
+    dout: Tensor,
+    image: Tensor,
+    displacement: Tensor,
+    matrix: Tensor | None,
+    lut: Tensor | None,
+    out_size: Sequence[int],
+    order: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    launch = None if why_not(image, displacement, None, out_size) else launch_elastic_warp_bwd
+    return _gradients(launch, dout, image, displacement, matrix, lut, out_size, order, needs)
+
+
+@_backward_op.register_fake
+def _(
+    dout: Tensor, image: Tensor, displacement: Tensor, matrix: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _made_gradients(image, displacement, matrix, rest[-1])
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.out_size, ctx.order, ctx.needs = inputs
+    ctx.save_for_backward(*tensors)
+
+
+@_checks.outside_autocast
+def _second(ctx: Any, *second: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the derivative's own formula, by ATen: rarely wanted, and then right rather than fast."""
+    *saved, lut = ctx.saved_tensors
+    with torch.enable_grad():
+        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in saved]
+        arguments = (*leaves, lut, ctx.out_size, ctx.order, ctx.needs)
+        found = reference.elastic_warp_gradients(*arguments)
+        made, by = zip(*((f, d) for f, d in zip(found, second, strict=True) if f is not None), strict=True)
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        gradients = list(torch.autograd.grad(made, wanted, by, allow_unused=True))
+        # of a matrix only where there is one; none of a table
+        return *gradients, *(None,) * (8 - len(gradients))
+
+
+_backward_op.register_autograd(_second, setup_context=_setup_backward)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     image, displacement, _, matrix, lut, ctx.out_size, ctx.order = inputs
     ctx.save_for_backward(image, displacement, matrix, lut)
     ctx.mark_non_differentiable(output[1])
 
 
-@_checks.outside_autocast
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    image, displacement, matrix, lut = ctx.saved_tensors
+def _backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     for_image, for_displacement, _labels, for_matrix, *_rest = ctx.needs_input_grad
-    height, width = image.shape[-2:]
-    q_y, q_x = reference.displaced(image, displacement, ctx.out_size)
-    y, x = reference.transformed(q_y, q_x, matrix, height, width)
-    values = image.to(y.dtype)
-    dout = dout.to(y.dtype)
-    if lut is not None:
-        dout = dout * _lut_slope(reference.sample(values, y, x, ctx.order), lut, image.dtype)
-    dimage = _scattered(dout, values, y, x, ctx.order).to(image.dtype) if for_image else None
-    ddisplacement = dmatrix = None
-    if for_displacement or for_matrix:
-        dy, dx = _position_gradient(dout, values, y, x, ctx.order)
-        if for_matrix:
-            dmatrix = _matrix_gradient(dy, dx, q_y - (height - 1) / 2, q_x - (width - 1) / 2).to(matrix.dtype)
-        if for_displacement:
-            ddisplacement = _grid_gradient(dy, dx, displacement, matrix, ctx.out_size, height, width)
+    needs = [for_image, for_displacement, for_matrix]
+    if not any(needs):
+        return (None,) * 7
+    found = _backward_op(dout, *ctx.saved_tensors, ctx.out_size, ctx.order, needs)
+    dimage, ddisplacement, dmatrix = (d if needed else None for d, needed in zip(found, needs, strict=True))
     return dimage, ddisplacement, None, dmatrix, None, None, None
-
-
-def _lut_slope(values: Tensor, lut: Tensor, dtype: torch.dtype) -> Tensor:
-    """d lut(v) / dv; 0 where the table is flat because v is beyond it."""
-    _, left, right = reference.lut_segment(values, lut, dtype)
-    inside = (values >= 0) & (values <= 1)
-    return torch.where(inside, (right - left) * (lut.shape[-1] - 1), 0)
-
-
-def _scattered(dout: Tensor, image: Tensor, y: Tensor, x: Tensor, order: int) -> Tensor:
-    """The transpose of `reference.sample`: every output value handed back to the pixels that it was read from."""
-    n, c, height, width = image.shape
-    y0, x0 = y.floor(), x.floor()
-    dimage = torch.zeros_like(image).flatten(2)
-    for dy, of_row in reference.taps(y - y0, order):
-        row = reference.mirror(y0 + dy, height) * width
-        for dx, of_column in reference.taps(x - x0, order):
-            index = (row + reference.mirror(x0 + dx, width)).flatten(1).unsqueeze(1).expand(n, c, -1)
-            share = dout * (of_row * of_column).unsqueeze(1)
-            dimage = dimage.scatter_add(2, index, share.flatten(2))
-    return dimage.unflatten(2, (height, width))
-
-
-def _position_gradient(dout: Tensor, image: Tensor, y: Tensor, x: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """The loss's derivative by the row and the column that each output pixel reads."""
-    height, width = image.shape[-2:]
-    y0, x0 = y.floor(), x.floor()
-    dy, dx = torch.zeros_like(y), torch.zeros_like(x)
-    rows = zip(reference.taps(y - y0, order), _slopes(y - y0, order), strict=True)
-    columns = list(zip(reference.taps(x - x0, order), _slopes(x - x0, order), strict=True))
-    for (i, of_row), row_slope in rows:
-        row = reference.mirror(y0 + i, height) * width
-        for (j, of_column), column_slope in columns:
-            value = (dout * reference.gather(image, row + reference.mirror(x0 + j, width))).sum(1)
-            dy, dx = dy + value * row_slope * of_column, dx + value * of_row * column_slope
-    return dy, dx
-
-
-def _slopes(f: Tensor, order: int, a: float = -0.75) -> list[Tensor]:
-    """The derivatives of `reference.taps` by f. At a whole pixel linear has two: this is the one to the right."""
-    if order == 1:
-        return [-torch.ones_like(f), torch.ones_like(f)]
-
-    def inner(t: Tensor) -> Tensor:
-        return (3 * (a + 2) * t - 2 * (a + 3)) * t
-
-    def outer(t: Tensor) -> Tensor:
-        return (3 * a * t - 10 * a) * t + 8 * a
-
-    return [outer(1 + f), inner(f), -inner(1 - f), -outer(2 - f)]
-
-
-def _matrix_gradient(dy: Tensor, dx: Tensor, q_y: Tensor, q_x: Tensor) -> Tensor:
-    """[N, 2, 3], of A(q) = M [q_y, q_x, 1]."""
-    factors = (q_y, q_x, torch.ones_like(q_y))
-    return torch.stack([torch.stack([(d * q).sum((1, 2)) for q in factors], 1) for d in (dy, dx)], 1)
-
-
-def _grid_gradient(
-    dy: Tensor,
-    dx: Tensor,
-    displacement: Tensor,
-    matrix: Tensor | None,
-    out_size: Sequence[int],
-    height: int,
-    width: int,
-) -> Tensor:
-    """Back through the affine map, the window and the bicubic interpolation, to the grid."""
-    if matrix is not None:
-        m = matrix.to(dy.dtype)[:, :, :, None, None]
-        dy, dx = m[:, 0, 0] * dy + m[:, 1, 0] * dx, m[:, 0, 1] * dy + m[:, 1, 1] * dx
-    rows, columns = reference.window(out_size, height, width, dy.device)
-    du = torch.stack([dy, dx], 1)
-    du = du.new_zeros((*du.shape[:2], height, du.shape[3])).index_add(2, rows.clamp(0, height - 1), du)
-    du = du.new_zeros((*du.shape[:3], width)).index_add(3, columns.clamp(0, width - 1), du)
-    # in float64, which autocast leaves alone; ATen's own transpose has no shape function for symbolic sizes
-    of_row, of_column = (
-        _bicubic(size, entries, du.device)
-        for size, entries in ((height, displacement.shape[2]), (width, displacement.shape[3]))
-    )
-    return (of_row.T @ du.double() @ of_column).to(displacement.dtype)
-
-
-def _bicubic(size: int, entries: int, device: torch.device) -> Tensor:
-    """[size, entries]: how much each of `size` pixels takes from each of `entries` points laid corner to corner."""
-    position = torch.arange(size, device=device, dtype=torch.float64) * ((entries - 1) / max(size - 1, 1))
-    low = position.floor()
-    share = position.new_zeros((size, entries))
-    for offset, weight in reference.taps(position - low, order=3):
-        point = (low + offset).long().clamp(0, entries - 1).unsqueeze(1)
-        share = share.scatter_add(1, point, weight.unsqueeze(1))
-    return share
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -417,13 +812,8 @@ def elastic_warp(
         raise ValueError(f"image must have at least one row and one column, got {height}x{width}")
     _checks.expect_choice("order", order, (1, 3))
     _checks.expect_choice("border", border, ("reflect",))
-    size = _expect_out_size(out_size, height, width)
-    _checks.expect_float("displacement", displacement, "N, 2, gh, gw")
-    _checks.expect_size("displacement", displacement, (n, 2, -1, -1), "(the batch of image; rows, columns)")
-    if displacement.shape[2] < 2 or displacement.shape[3] < 2:
-        raise ValueError(
-            f"displacement must be a grid of at least 2x2, got {displacement.shape[2]}x{displacement.shape[3]}"
-        )
+    size = [height, width] if out_size is None else _expect_pair("out_size", out_size)
+    _expect_grid(displacement, n, "(the batch of image; rows, columns)")
     _checks.expect_device("displacement", displacement, "image", image)
     if labels is not None:
         _checks.expect_integer("labels", labels, "N, H, W")
@@ -435,19 +825,60 @@ def elastic_warp(
         _checks.expect_device("matrix", matrix, "image", image)
     if lut is not None:
         _expect_lut(lut, image)
-    out, warped = _op(image, displacement, labels, matrix, lut, size, order)
-    return out if labels is None else (out, warped)
+    arguments = (image, displacement, labels, matrix, lut, size, order)
+    out, warped = reference.elastic_warp(*arguments) if _checks.transformed() else _op(*arguments)
+    if labels is None:
+        return out
+    assert warped is not None
+    return out, warped
 
 
-def _expect_out_size(out_size: int | Sequence[int] | None, height: int, width: int) -> list[int]:
-    if out_size is None:
-        return [height, width]
-    pair = out_size if isinstance(out_size, Sequence) and not isinstance(out_size, str) else (out_size, out_size)
+def warp_jacobian(
+    displacement: Tensor, size: int | Sequence[int], *, out_size: int | Sequence[int] | None = None
+) -> Tensor:
+    """How the elastic map p + u(p) stretches the plane: its derivative at every output pixel.
+
+    Where its determinant is not positive the map folds: what it shows is mirrored, and shown more than once. An affine
+    map on top multiplies all determinants by its own.
+
+    Args:
+        displacement: [N, 2, gh, gw], as of `elastic_warp`.
+        size: rows and columns of the image that the grid spans.
+        out_size: rows and columns of the window in its middle. Default: the image's.
+
+    Returns:
+        [N, 2, 2, h, w], float64: entry (i, j) is the derivative of component i by coordinate j, rows first. Beyond the
+        image, where u keeps its edge value, it is that of the identity across the edge.
+
+    Raises:
+        TypeError: displacement is no floating tensor.
+        ValueError: a shape or a size does not fit.
+
+    >>> warp_jacobian(torch.zeros(1, 2, 3, 3), 4)[0, :, :, 0, 0].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    _expect_grid(displacement)
+    height, width = _expect_pair("size", size)
+    out = [height, width] if out_size is None else _expect_pair("out_size", out_size)
+    return reference.jacobian(displacement, height, width, out)
+
+
+def _expect_grid(displacement: Tensor, n: int = -1, reason: str = "(rows, columns)") -> None:
+    _checks.expect_float("displacement", displacement, "N, 2, gh, gw")
+    _checks.expect_size("displacement", displacement, (n, 2, -1, -1), reason)
+    if displacement.shape[2] < 2 or displacement.shape[3] < 2:
+        raise ValueError(
+            f"displacement must be a grid of at least 2x2, got {displacement.shape[2]}x{displacement.shape[3]}"
+        )
+
+
+def _expect_pair(name: str, value: int | Sequence[int]) -> list[int]:
+    pair = value if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
     if len(pair) != 2:
-        raise ValueError(f"out_size must be rows and columns, got {out_size!r}")
-    size = [_checks.expect_whole("out_size", s) for s in pair]
+        raise ValueError(f"{name} must be rows and columns, got {value!r}")
+    size = [_checks.expect_whole(name, s) for s in pair]
     if min(size) < 1:
-        raise ValueError(f"out_size must be rows and columns of at least 1, got {out_size!r}")
+        raise ValueError(f"{name} must be rows and columns of at least 1, got {value!r}")
     return size
 
 

@@ -38,7 +38,7 @@ _TYPES = {
     torch.uint8: "u8",
     torch.uint16: "u16",
 }
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)

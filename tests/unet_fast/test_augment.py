@@ -1,14 +1,18 @@
 """Proves what the augmentation draws, that the draws are nobody else's, and that image and labels move together."""
 
 import math
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+import unet_kernels as uk
 from tests.proof.properties import given, settings, st
 from unet_fast import ElasticWarp
 
@@ -248,6 +252,8 @@ def test_noise_has_at_most_its_sd_and_leaves_labels_alone() -> None:
         ({"zoom": 0.5}, "zoom must lie between 1 and 4, got 0.5"),
         ({"noise": -0.1}, "noise must be 0 or more, got -0.1"),
         ({"grey": -0.1}, "grey must lie between 0 and 1, got -0.1"),
+        ({"foreground": 1.5}, "foreground must lie between 0 and 1, got 1.5"),
+        ({"foreground": math.nan}, "foreground must lie between 0 and 1, got nan"),
     ],
     ids=str,
 )
@@ -341,3 +347,191 @@ def test_the_elastic_grid_lies_as_over_the_tile_or_as_over_the_one_that_is_named
     whole = warp.apply(image[None], points)
     assert isinstance(whole, Tensor)
     assert not torch.equal(whole[0], image)
+
+
+# ---- tiles around cells
+
+
+def _one_cell_in_a_corner(rows: int = 61, columns: int = 41) -> Tensor:
+    labels = torch.zeros(rows, columns, dtype=torch.int32)
+    labels[2:12, 30:39] = 7
+    return labels
+
+
+def _centres(labels: Tensor, foreground: float, *, out: int = 1, tries: int = 200) -> Tensor:
+    """What the centres of tiles read, rows and columns [tries, 2]."""
+    warp = ElasticWarp(sigma_px=0, rotate=False, mirror=False, grey=0, order=1, foreground=foreground)
+    image, _ = coordinates(*labels.shape)
+    draws = (warp.draw_tile(image, labels, 21, out, ElasticWarp.generator(5, 0, i)) for i in range(tries))
+    return torch.stack([tile[:, 10, 10] for tile, _ in draws])
+
+
+def test_a_tile_around_a_cell_has_a_pixel_of_it_in_its_middle_each_as_often_as_any_other() -> None:
+    labels = _one_cell_in_a_corner()
+    labels[40:60, 3:30] = 2  # of 540 pixels, the other has 90
+    centres = _centres(labels, 1.0)
+    at = centres.round().long()
+    torch.testing.assert_close(centres, at.float(), rtol=0, atol=1e-3)
+    ids = labels[at[:, 0], at[:, 1]]
+    assert (ids > 0).all()
+    assert float((ids == 7).float().mean()) == pytest.approx(1 / 7, abs=0.07)
+    rows, columns = at[ids == 2].T
+    for got, low, high in ((rows, 40, 59), (columns, 3, 29)):
+        assert float(got.float().mean()) == pytest.approx((low + high) / 2, abs=2.5)
+
+
+def test_a_share_of_the_tiles_lies_around_cells_and_the_rest_anywhere() -> None:
+    labels = _one_cell_in_a_corner()
+    at = _centres(labels, 0.5).round().long()
+    # a place anywhere is in the cell in 90 of 2501 cases
+    assert float((labels[at[:, 0], at[:, 1]] > 0).float().mean()) == pytest.approx(0.5 + 0.5 * 90 / 2501, abs=0.1)
+
+
+def test_what_the_net_answers_for_stays_inside_the_image_around_a_cell_too() -> None:
+    centres = _centres(_one_cell_in_a_corner(), 1.0, out=17)
+    # half of 17 - 1 from each edge
+    assert (centres[:, 0] >= 8 - 1e-3).all()
+    assert (centres[:, 1] <= 40 - 8 + 1e-3).all()
+    # as near to the cell as that allows: its rows end at 11
+    assert (centres[:, 0] <= 11 + 1e-3).all()
+
+
+def test_a_cell_of_one_pixel_is_found_and_without_one_a_tile_lies_anywhere() -> None:
+    labels = torch.zeros(401, 401, dtype=torch.int64)
+    assert len(_centres(labels, 1.0, tries=4).unique(dim=0)) == 4
+    labels[123, 321] = 1
+    labels[:, 0] = -1  # ignored is no cell
+    torch.testing.assert_close(
+        _centres(labels, 1.0, tries=4), torch.tensor([[123.0, 321.0]]).expand(4, 2), atol=1e-3, rtol=0
+    )
+
+
+def test_the_stream_is_as_it_was_where_no_tile_is_drawn_to_cells() -> None:
+    image, labels = torch.rand(1, 61, 41), _one_cell_in_a_corner()
+    tiles = [
+        ElasticWarp(noise=0.1, **more).draw_tile(image, labels, 21, 11, ElasticWarp.generator(0, 0, 0))
+        for more in ({}, {"foreground": 0.0})
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*tiles, strict=True))
+
+
+# ---- folding
+
+
+def _grids(seed: int, points: tuple[int, int], strength: float) -> Tensor:
+    return torch.randn(3, 2, *points, generator=torch.Generator().manual_seed(seed)) * strength
+
+
+shapes = st.tuples(st.integers(1, 50), st.integers(1, 50))
+points = st.tuples(st.integers(2, 6), st.integers(2, 6))
+
+
+@given(seed=seeds, size=shapes, points=points, window=shapes, strength=st.floats(0.1, 30))
+@ordinary
+def test_folded_is_the_share_of_pixels_without_a_positive_jacobian_and_unfolded_has_none(
+    seed: int, size: tuple[int, int], points: tuple[int, int], window: tuple[int, int], strength: float
+) -> None:
+    drawn = _grids(seed, points, strength)
+
+    def determinants(grids: Tensor) -> Tensor:
+        return torch.linalg.det(uk.warp_jacobian(grids, size, out_size=window).permute(0, 3, 4, 1, 2))
+
+    share = ElasticWarp.folded(drawn, size, out_size=window)
+    # also where the quick look at the grid alone says that nothing can fold
+    torch.testing.assert_close(share, (determinants(drawn) <= 0).double().mean((1, 2)))
+    flat = ElasticWarp.unfolded(drawn, size, out_size=window)
+    assert (determinants(flat) > 0).all()
+    assert not ElasticWarp.folded(flat, size, out_size=window).any()
+    # only what folds is changed, and in length only
+    for before, after, folds in zip(drawn, flat, share > 0, strict=True):
+        if folds:
+            assert 0 < float(after.norm() / before.norm()) < 1
+        torch.testing.assert_close(after * before.norm(), before * after.norm(), rtol=1e-4, atol=1e-3)
+
+
+def test_where_nothing_folds_every_bit_stays() -> None:
+    drawn = ElasticWarp().draw(200, (572, 572), ElasticWarp.generator(0, 0, 0))
+    # the paper's: 3 x 3 points, 10 px, one tile
+    assert not ElasticWarp.folded(drawn, (572, 572)).any()
+    assert ElasticWarp.unfolded(drawn, (572, 572)) is drawn
+
+
+def test_by_default_a_small_tile_is_not_folded_and_on_demand_it_is() -> None:
+    # so large that nothing is read beyond its edges from its middle, where a tile lies that answers for all of it
+    image, labels = coordinates(201, 201)
+    turned = {False: 0, True: 0}
+    for index in range(20):
+        tiles = {}
+        for fold in turned:
+            warp = ElasticWarp(rotate=False, mirror=False, grey=0, order=1, fold=fold)
+            tile, _ = warp.draw_tile(image, labels, 41, 201, ElasticWarp.generator(0, 0, index))
+            # the area that a step down and a step across span, where they lead
+            down, across = tile.diff(dim=1)[:, :, :-1], tile.diff(dim=2)[:, :-1]
+            turned[fold] += int((down[0] * across[1] - down[1] * across[0] < -0.02).sum())
+            tiles[fold] = tile
+        drawn = ElasticWarp().draw(1, (201, 201), ElasticWarp.generator(0, 0, index), tile=41)
+        if not ElasticWarp.folded(drawn, (201, 201), out_size=41):
+            assert torch.equal(tiles[False], tiles[True])
+    assert turned[False] == 0
+    assert turned[True] > 100
+
+
+# ---- raw images, and those who ask for tiles
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16], ids=str)
+def test_raw_images_are_warped_as_they_are_in_units_of_their_range(dtype: torch.dtype) -> None:
+    top = torch.iinfo(dtype).max
+    raw, labels = (torch.rand(1, 60, 50) * 0.6 + 0.2).mul(top).to(dtype), torch.randint(0, 5, (60, 50))
+    warp = ElasticWarp(noise=0.02)
+    tile, ids = warp.draw_tile(raw, labels, 36, 20, ElasticWarp.generator(0, 0, 0))
+    fine, fine_ids = warp.draw_tile(raw.float() / top, labels, 36, 20, ElasticWarp.generator(0, 0, 0))
+    assert (tile.dtype, ids.dtype) == (dtype, labels.dtype)
+    assert torch.equal(ids, fine_ids)
+    # rounded twice, before the noise and after
+    assert (tile.float() - (fine * top).clamp(0, top)).abs().max() <= 1.01
+
+
+WORKERS = """
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from unet_fast import ElasticWarp
+
+
+class Tiles(Dataset):
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.image = torch.rand(1, 200, 180, generator=generator)
+        self.labels = torch.randint(0, 9, (200, 180), generator=generator, dtype=torch.int32)
+        self.warp = ElasticWarp(noise=0.05, foreground=0.5)
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return self.warp.draw_tile(self.image, self.labels, 150, 110, ElasticWarp.generator(3, 1, index))
+
+
+if __name__ == "__main__":
+    tiles = Tiles()
+    alone = [tiles[i] for i in reversed(range(6))][::-1]
+    for workers in (0, 1, 4):
+        for here, there in zip(alone, DataLoader(tiles, batch_size=None, num_workers=workers), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(here, there)), workers
+"""
+
+
+@pytest.mark.slow
+def test_the_stream_is_the_same_for_none_one_and_four_workers(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS)
+    # Python warns of threads and forks; two threads are at work in the parent before it forks
+    command, environment = [sys.executable, "-W", "ignore", str(script)], os.environ | {"OMP_NUM_THREADS": "2"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True) as child:
+        try:
+            _, said = child.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+    assert child.returncode == 0, said

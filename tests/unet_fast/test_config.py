@@ -57,6 +57,7 @@ VALUES: dict[str, Any] = {
     "mirror": st.booleans(),
     "grey": st.floats(0, 1),
     "zoom": st.floats(1, 4),
+    "foreground": st.floats(0, 1),
     "noise": st.floats(0, 1),
     "validation": share,
     "validate_every": st.none() | whole,
@@ -72,7 +73,8 @@ def test_every_setting_is_tried() -> None:
 
 @given(values=st.fixed_dictionaries({f.name: VALUES.get(f.name, st.nothing()) for f in fields(TrainConfig)}))
 def test_every_setting_survives_toml_and_json(values: dict[str, Any]) -> None:
-    config = TrainConfig(**values)
+    # whole images have no centre to choose
+    config = TrainConfig(**values | ({"foreground": 0.0} if values["accumulate"] == "image" else {}))
     text = config.to_toml()
     # readable whatever the machine's encoding, and one line a setting
     assert text.isascii()
@@ -166,6 +168,7 @@ NAN, INF = float("nan"), float("inf")
         ("border_sigma", 0.0, "border_sigma must be above 0, got 0.0"),
         ("grey", 1.5, "grey must lie between 0 and 1, got 1.5"),
         ("grey", NAN, "grey must lie between 0 and 1, got nan"),
+        *(("foreground", bad, f"foreground must lie between 0 and 1, got {bad}") for bad in (-0.1, 1.1, NAN)),
         ("grid", 1, "grid must be 2 or more, got 1"),
         ("classes", 1, "classes must be 2 to 256, background included, got 1"),
         ("classes", 257, "classes must be 2 to 256, background included, got 257"),
@@ -181,6 +184,11 @@ def test_a_value_out_of_range_is_one_sentence(key: str, value: Any, said: str) -
     with pytest.raises(BadInput) as caught:
         TrainConfig.from_dict({**PLACES, key: value})
     assert str(caught.value) == said
+
+
+def test_whole_images_have_no_centre_to_choose() -> None:
+    with pytest.raises(BadInput, match=r"foreground must be 0 where whole images are drawn, got 0\.5"):
+        TrainConfig.from_dict({**PLACES, "accumulate": "image", "foreground": 0.5})
 
 
 def test_steps_and_epochs_exclude_each_other() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import unet_kernels as uk
 from tests.proof.yardstick import assert_as_close_as
 from tests.unet_fast.plain_unet import PlainUNet
-from unet_fast import FastUNet, Replayed, TrainConfig, geometry, predict, synthetic, train
+from unet_fast import ElasticWarp, FastUNet, Replayed, TrainConfig, geometry, predict, synthetic, train
 from unet_fast.files import write_tiff
 
 FEATURES = (8, 16, 32)
@@ -131,3 +131,21 @@ def test_a_small_training_and_a_prediction_run_there(device: torch.device, tmp_p
     here = predict(result.model.to(device), image, tile_in=48, output="logits")
     there = predict(result.model.to("cpu"), image, tile_in=84, output="logits")
     np.testing.assert_allclose(here, there, atol=1e-3 * there.std())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32], ids=str)
+def test_a_tile_drawn_where_the_image_lies_is_the_one_drawn_on_the_cpu(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    grey, ids = synthetic.cells(128, seed=0)
+    top = 1 if dtype.is_floating_point else torch.iinfo(dtype).max
+    image = (torch.from_numpy(grey.astype(np.float32))[None] / float(grey.max()) * top).to(dtype)
+    labels, warp = torch.from_numpy(ids.astype(np.int32)), ElasticWarp(foreground=0.5)
+    for index in range(4):
+        tiles = [
+            warp.draw_tile(image.to(place), labels.to(place), 100, 60, ElasticWarp.generator(0, 0, index))
+            for place in ("cpu", device)
+        ]
+        for here, there in zip(*tiles, strict=True):
+            assert there.device.type == device.type
+            assert torch.equal(here, there.cpu())

@@ -519,6 +519,40 @@ def test_a_batch_depends_on_seed_and_step_alone(drawn: Path) -> None:
     assert not same(sampler(drawn, seed=1).batch(0), fresh[0])
 
 
+def test_tiles_are_drawn_to_cells_where_that_is_asked_for(drawn: Path) -> None:
+    def shares(foreground: float) -> list[float]:
+        settings = config(drawn, drawn / "no", foreground=foreground, elastic=0.0, grey=0.0)
+        sampler = Sampler(read_labelled(drawn / "images", drawn / "labels", kind="instance").examples, settings, 20)
+        middles = [sampler.batch(step)[1][0, 8:12, 8:12] for step in range(60)]
+        return [float((m > 0).any()) for m in middles]
+
+    # a pixel is anyone's as often as there are pixels of cells; drawn to cells, always
+    assert np.mean(shares(0.0)) < 0.9
+    assert np.mean(shares(1.0)) == 1
+
+
+def test_what_folds_is_reported(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for elastic, folds in ((10.0, True), (1.0, False)):
+        train(config(drawn, tmp_path / str(elastic), steps=1, elastic=elastic))
+        found = json.loads((tmp_path / str(elastic) / "run.json").read_text())["folding"]
+        assert (found["maps"] > 0) is (found["pixels"] > 0) is folds
+        said = capsys.readouterr().err
+        assert (f"elastic maps of {elastic:g} px fold: {found['maps']:.0%} of them" in said) is folds
+    # what is looked at is nobody's draw
+    examples = read_labelled(drawn / "images", drawn / "labels", kind="instance").examples
+    sampler = Sampler(examples, config(drawn, tmp_path / "no"), 80)
+    before = sampler.batch(0)[0]
+    assert sampler.folding() == sampler.folding()
+    assert torch.equal(sampler.batch(0)[0], before)
+
+
+def test_a_run_from_before_there_was_a_foreground_goes_on(drawn: Path, tmp_path: Path) -> None:
+    before = {k: v for k, v in config(drawn, tmp_path).as_dict().items() if k != "foreground"}
+    assert training._continued(config(drawn, tmp_path), before).foreground == 0
+    with pytest.raises(BadInput, match=r"foreground was 0\.0 when the run began and is 0\.5 now"):
+        training._continued(config(drawn, tmp_path, foreground=0.5), before)
+
+
 def test_a_batch_of_two_holds_the_tiles_of_two_steps(drawn: Path) -> None:
     one, two = sampler(drawn), sampler(drawn, batch=2)
     assert two.per_epoch == 2

@@ -10,7 +10,7 @@ import torch
 import unet_kernels as uk
 from unet_kernels import _native, _triton
 
-NATIVE = ("two_nearest_cells", "border_weight", "connected_components")
+NATIVE = ("two_nearest_cells", "border_weight", "elastic_warp", "connected_components")
 NATIVE_CUDA = ("connected_components",)
 
 
@@ -36,6 +36,7 @@ def forget_what_was_found() -> Iterator[None]:
 def test_on_a_cpu_the_lane_is_whether_the_library_is_there(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "native", lambda: None)
     assert uk.lane(op, "cpu") == uk.lane(op, torch.device("cpu")) == ("native", "our C++ kernel")
+    assert uk.lane("elastic_warp", "cpu", torch.float64) == ("torch", "float64 is left to torch")
     # a GPU's tensors are not its business
     if op not in NATIVE_CUDA:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

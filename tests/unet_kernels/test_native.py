@@ -3,6 +3,8 @@
 import ctypes
 import multiprocessing
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -77,6 +79,16 @@ def test_nothing_but_its_own_names_is_exported(built: Path) -> None:
     listed = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)
     names = {line.split()[-1] for line in listed.stdout.splitlines()}
     assert {n for n in names if not n.startswith(("unet_", "_init", "_fini"))} == set()
+
+
+def test_no_product_and_sum_are_one_instruction(built: Path) -> None:
+    # the warp's code for each processor has the same bits, also that for processors which these tests do not run on
+    if shutil.which("objdump") is None:
+        pytest.skip("no objdump on the path")
+    [library] = built.glob("libunet_native.*")
+    code = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "mulps" in code or platform.machine() not in ("x86_64", "AMD64")
+    assert not re.search(r"\bv?fn?m(add|sub|la|ls)", code)
 
 
 def test_a_missing_library_names_itself_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@
 #endif
 
 // Raised by one with every change to a signature; Python refuses a library with another number.
-#define UNET_ABI_VERSION 4
+#define UNET_ABI_VERSION 5
 
 // what a function returns
 #define UNET_OK 0
@@ -26,6 +26,11 @@
 #define UNET_OBJECT_ADDITION 5
 #define UNET_OBJECT_DELETION 6
 #define UNET_KINDS 7
+
+// what an image to be warped is made of
+#define UNET_UINT8 0
+#define UNET_UINT16 1
+#define UNET_FLOAT32 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -46,6 +51,29 @@ UNET_API int32_t unet_two_nearest_cells_cpu(const int32_t *instances, int64_t co
 // INFINITY elsewhere.
 UNET_API int32_t unet_border_sum_cpu(const int32_t *instances, int64_t count, int64_t height, int64_t width, float limit,
                                      int32_t everywhere, int32_t gap, float *sum);
+
+// A warp, as unet_kernels/reference/warp.py specifies it: what both directions read. Strides are counted in elements.
+typedef struct {
+  const void *image; // [count, channels, height, width] of a pixel kind above
+  const void *labels; // [count, height, width] integers of label_bytes each, or NULL
+  const float *displacement; // [count, 2, grid_height, grid_width], contiguous
+  const float *matrix; // [count, 2, 3], contiguous, or NULL
+  const float *table; // [entries] (table_stride 0) or [count, entries] of grey values, or NULL
+  int64_t count, channels, height, width, grid_height, grid_width, out_height, out_width;
+  int64_t image_stride[4], label_stride[3], table_stride, entries;
+  int32_t pixel, label_bytes, order; // order 1 or 3
+} unet_warp;
+// out [count, channels, out_height, out_width] of the pixel kind and, where there are labels, warped [count, out_height,
+// out_width] of theirs, contiguous. The bits are the specification's, whatever the processor and the number of threads.
+UNET_API int32_t unet_elastic_warp_cpu(const unet_warp *warp, void *out, void *warped);
+// The derivative, of a float32 image: of dout [count, channels, out_height, out_width] the gradients of the image, dimage
+// [count, channels, height, width], of u at every output pixel, du [count, 2, out_height, out_width], and of the matrix,
+// dmatrix [count, 2, 3]; all contiguous, each NULL where nobody wants it. Sums go in one order, whatever the threads.
+UNET_API int32_t unet_elastic_warp_backward_cpu(const unet_warp *warp, const float *dout, float *dimage, float *du,
+                                                double *dmatrix);
+// The processor whose instructions the warp uses here: "baseline", "avx2" or "avx512"; UNET_PROCESSOR in the environment
+// may ask for less than there is.
+UNET_API const char *unet_processor(void);
 
 // Stacks of slices, [count, height, width], contiguous, height * width below 2^31; masks are bytes of 0 and 1. OpenMP
 // shares slices, and thresholds where there are some, among its threads.

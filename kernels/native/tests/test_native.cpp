@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -107,6 +108,7 @@ template <class Test> void with_random_masks(Test test) {
 void it_says_what_it_is() {
   expect(unet_abi_version() == UNET_ABI_VERSION, "library and header agree about the ABI");
   expect(unet_thread_count() >= 1, "there is a thread");
+  expect(std::strlen(unet_processor()) > 0, "there is a processor");
   expect(std::strlen(unet_build_info()) > 0, "the build says what it is");
 }
 
@@ -261,6 +263,139 @@ void overlaps_add_up() {
   });
 }
 
+// ---- the warp
+
+// An image and labels of a shape, and a map to another size: as it is, by some pixels, or far away and shrunk.
+struct Warped {
+  unet_warp warp{};
+  std::vector<float> image, displacement, matrix, table, out, dout, dimage, du;
+  std::vector<uint16_t> labels, warped;
+  std::vector<double> dmatrix;
+
+  Warped(const Shape &shape, int64_t height, int64_t width, int32_t order, float strength, std::mt19937 &random) {
+    std::uniform_real_distribution<float> grey(0, 1);
+    std::normal_distribution<float> normal;
+    const int64_t channels = 2, pixels = shape.height * shape.width;
+    image.resize(static_cast<size_t>(shape.count * channels * pixels));
+    for (float &v : image) v = grey(random);
+    labels.resize(static_cast<size_t>(shape.count * pixels));
+    for (uint16_t &v : labels) v = static_cast<uint16_t>(1 + random() % 5);
+    displacement.resize(static_cast<size_t>(shape.count * 2 * 3 * 2));
+    for (float &v : displacement) v = strength * normal(random);
+    matrix.resize(static_cast<size_t>(shape.count * 6));
+    for (float &v : matrix) v = strength * normal(random);
+    table = {0.0f, 0.2f, 1.5f, 1.0f};
+    const size_t out_pixels = static_cast<size_t>(shape.count * height * width);
+    out.resize(out_pixels * channels);
+    dout.resize(out.size());
+    for (float &v : dout) v = normal(random);
+    warped.resize(out_pixels);
+    dimage.resize(image.size());
+    du.resize(out_pixels * 2);
+    dmatrix.resize(static_cast<size_t>(shape.count * 6));
+    warp.image = image.data();
+    warp.labels = labels.data();
+    warp.displacement = displacement.data();
+    warp.count = shape.count;
+    warp.channels = channels;
+    warp.height = shape.height;
+    warp.width = shape.width;
+    warp.grid_height = 3;
+    warp.grid_width = 2;
+    warp.out_height = height;
+    warp.out_width = width;
+    const int64_t strides[4] = {channels * pixels, pixels, shape.width, 1};
+    std::copy(strides, strides + 4, warp.image_stride);
+    const int64_t label_strides[3] = {pixels, shape.width, 1};
+    std::copy(label_strides, label_strides + 3, warp.label_stride);
+    warp.entries = 4;
+    warp.pixel = UNET_FLOAT32;
+    warp.label_bytes = 2;
+    warp.order = order;
+  }
+  bool forward() { return unet_elastic_warp_cpu(&warp, out.data(), warped.data()) == UNET_OK; }
+  bool backward() {
+    return unet_elastic_warp_backward_cpu(&warp, dout.data(), dimage.data(), du.data(), dmatrix.data()) == UNET_OK;
+  }
+};
+
+double product(const std::vector<float> &a, const std::vector<float> &b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += static_cast<double>(a[i]) * b[i];
+  return sum;
+}
+
+template <class Test> void on_each_processor(Test test) {
+  for (const char *name : {"baseline", "avx2", "avx512"}) {
+    setenv("UNET_PROCESSOR", name, 1);
+    // where there is one
+    if (!std::strcmp(unet_processor(), name)) test();
+  }
+  unsetenv("UNET_PROCESSOR");
+}
+
+void a_warp_is_what_its_laws_say() {
+  std::mt19937 random(7);
+  for (const Shape &shape : kShapes) {
+    if (shape.height == 0 || shape.width == 0) continue; // no image has no pixel
+    for (const int32_t order : {1, 3}) {
+      Warped still(shape, shape.height, shape.width, order, 0.0f, random);
+      on_each_processor([&] {
+        expect(still.forward(), "elastic_warp has memory");
+        expect(still.out == still.image && still.warped == still.labels, "no displacement changes nothing");
+      });
+      for (const float strength : {0.5f, 40.0f}) {
+        for (const bool affine : {false, true}) {
+          // more than a block, or a few pixels that read far from each other
+          const bool near = strength < 1;
+          Warped moved(shape, near ? 33 : 5, near ? 66 : 7, order, strength, random);
+          if (affine) moved.warp.matrix = moved.matrix.data();
+          std::vector<float> first;
+          on_each_processor([&] {
+            expect(moved.forward() && moved.backward(), "elastic_warp has memory");
+            expect(std::all_of(moved.warped.begin(), moved.warped.end(), [](uint16_t v) { return v >= 1 && v <= 5; }),
+                   "no label is invented");
+            // the image's gradient is the transpose of the warp
+            const double there = product(moved.out, moved.dout), back = product(moved.image, moved.dimage);
+            expect(std::abs(there - back) <= 1e-3 * (1 + std::sqrt(product(moved.dout, moved.dout))),
+                   "the transpose of the warp");
+            if (first.empty()) first = moved.out;
+            expect(first == moved.out, "the same bits on every processor");
+          });
+          moved.warp.table = moved.table.data();
+          expect(moved.forward() && moved.backward(), "elastic_warp has memory");
+          expect(std::all_of(moved.out.begin(), moved.out.end(), [](float v) { return v >= 0.0f && v <= 1.5f; }),
+                 "grey values are the table's");
+          // each gradient alone is what it is with the others
+          const std::vector<float> dimage = moved.dimage, du = moved.du;
+          const std::vector<double> dmatrix = moved.dmatrix;
+          std::fill(moved.du.begin(), moved.du.end(), 0.0f);
+          std::fill(moved.dimage.begin(), moved.dimage.end(), 0.0f);
+          unet_elastic_warp_backward_cpu(&moved.warp, moved.dout.data(), moved.dimage.data(), nullptr, nullptr);
+          unet_elastic_warp_backward_cpu(&moved.warp, moved.dout.data(), nullptr, moved.du.data(), nullptr);
+          unet_elastic_warp_backward_cpu(&moved.warp, moved.dout.data(), nullptr, nullptr, moved.dmatrix.data());
+          expect(dimage == moved.dimage && du == moved.du && dmatrix == moved.dmatrix, "gradients one by one");
+        }
+      }
+    }
+  }
+}
+
+void what_is_no_number_reads_inside_the_image() {
+  std::mt19937 random(8);
+  for (const float bad : {std::nanf(""), INFINITY, -INFINITY, 3e38f, -5e9f}) {
+    for (const int32_t order : {1, 3}) {
+      Warped moved({1, 9, 11}, 20, 13, order, 1.0f, random);
+      moved.displacement[4] = bad;
+      on_each_processor([&] {
+        expect(moved.forward() && moved.backward(), "elastic_warp has memory");
+        expect(std::all_of(moved.warped.begin(), moved.warped.end(), [](uint16_t v) { return v >= 1 && v <= 5; }),
+               "no label is invented");
+      });
+    }
+  }
+}
+
 // ---- the union-find as a GPU runs it
 
 struct AtomicMemory {
@@ -380,6 +515,8 @@ int main() {
   what_a_warp_leaves_is_counted_as_it_is_drawn();
   a_truth_warped_towards_itself_leaves_nothing();
   overlaps_add_up();
+  a_warp_is_what_its_laws_say();
+  what_is_no_number_reads_inside_the_image();
   the_order_of_merges_does_not_matter();
   std::printf("%s, %d threads: %d failures\n", unet_build_info(), unet_thread_count(), failures);
   return failures != 0;

@@ -27,7 +27,16 @@ from .loss import (
     pixel_factors,
     weighted_cross_entropy,
 )
-from .warp import displaced, elastic_warp, gather, lut_segment, mirror, sample, taps, transformed, window
+from .warp import (
+    displaced,
+    elastic_warp,
+    elastic_warp_gradients,
+    grid_gradient,
+    highest_grey,
+    jacobian,
+    points_per_pixel,
+    transformed,
+)
 
 __all__ = [
     "at_least_float32",
@@ -46,20 +55,19 @@ __all__ = [
     "denominator",
     "displaced",
     "elastic_warp",
-    "gather",
+    "elastic_warp_gradients",
+    "grid_gradient",
     "head_cross_entropy",
-    "lut_segment",
+    "highest_grey",
+    "jacobian",
     "max_pool2x2",
-    "mirror",
     "number_roots",
     "over",
     "pixel_factors",
-    "sample",
-    "taps",
+    "points_per_pixel",
     "transformed",
     "two_nearest_cells",
     "uncrop",
     "up_conv",
     "weighted_cross_entropy",
-    "window",
 ]
