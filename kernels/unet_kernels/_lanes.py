@@ -90,7 +90,7 @@ def lane(op: str, device: torch.device | str, dtype: torch.dtype | None = None) 
         refusal = _NATIVE[op](device, dtype)
         return ("torch", refusal) if refusal else ("native", "our C++ kernel")
     if op in _CONVOLUTIONS and dtype is not None and _aten.multiplies_in(device, dtype) != dtype:
-        return "torch", f"ATen in float32, rounded; this processor has no arithmetic in {_choosing.arithmetic(dtype)}"
+        return "torch", f"ATen in float32, rounded; this CPU has no arithmetic in {_choosing.arithmetic(dtype)}"
     if device.type != "cuda":
         return "torch", f"ATen, the reference; {device.type} has no kernel of ours yet"
     if op in _CUDA:
