@@ -23,10 +23,11 @@ class Replayed:
 
     Replayed or called, the same kernels run, those that take the device the least time, so the same bits come out; a
     graph whose bits differ is not used. One shape of input is captured, the first that was seen `after` times; others
-    are called. The net's parameters may change between calls, and must stay where they are in memory.
+    are called, and so is the net while it is in training mode, has hooks, or is called under autocast. Its parameters
+    may change between calls, and must stay where they are in memory.
 
     Args:
-        net: a FastUNet in eval mode, without hooks. Any other module is only called.
+        net: a FastUNet. Any other module is only called.
         after: calls of one shape before it is captured, which costs some four of them.
 
     Attributes:
@@ -45,7 +46,7 @@ class Replayed:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """What `net(x)` is. The result is the caller's own: a later call does not change it."""
-        if x.device.type != "cuda" or self.refused:
+        if x.device.type != "cuda" or self.refused or _only_called(self.net):
             return self._called(x)
         key = _key(x)
         if self._graph is not None:
@@ -73,8 +74,8 @@ class Replayed:
         torch.cuda.empty_cache()
 
     def _capture(self, x: Tensor) -> None:
-        self.refused = _why_not(self.net)
-        if self.refused:
+        if not isinstance(self.net, FastUNet):
+            self.refused = "only a FastUNet is known to do the same every time"
             return
         # by another input, and called first: beside a graph there may be no room to call
         other = x.flip(-1)
@@ -106,17 +107,13 @@ class _Graph:
 
 
 def _key(x: Tensor) -> tuple[Any, ...]:
-    return tuple(x.shape), x.dtype, x.device
+    return tuple(x.shape), x.dtype, x.device, *unet_kernels.circumstances()
 
 
-def _why_not(net: nn.Module) -> str:
-    if not isinstance(net, FastUNet):
-        return "only a FastUNet is known to do the same every time"
-    if net.training:
-        return "the net is in training mode"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in net.modules()):
-        return "a hook would be called once and never again"
-    return ""
+def _only_called(net: nn.Module) -> bool:
+    """Whether a graph would do something else than a call: dropout, hooks, another dtype."""
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    return net.training or hooked or torch.is_autocast_enabled("cuda")
 
 
 def captured(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:

@@ -267,6 +267,7 @@ def _inside_budget(config: TrainConfig, device: torch.device, say: Callable[[str
 def _measure_steps(config: TrainConfig, device: torch.device) -> Measured:
     """Of a batch of tiles; where a step sees whole images, a tile's share of it, by a few of their tiles."""
     run, meter = _trial(config, device)
+    _settle(lambda: run.one_step(_TRIED), device)
     if config.accumulate == "tile":
         return meter.measure(run.one_step, calls=_CALLS, within_s=10.0)
     started = time.perf_counter()
@@ -281,7 +282,14 @@ def _measure_steps(config: TrainConfig, device: torch.device) -> Measured:
 
 def _measure_between_steps(config: TrainConfig, device: torch.device) -> Measured:
     run, meter = _trial(config, device)
+    _settle(run.between_steps, device)
     return meter.measure(run.between_steps)
+
+
+def _settle(work: Callable[[], Any], device: torch.device) -> None:
+    """On a GPU the first time of all is spent on compiling kernels and on choosing among them, in memory of its own."""
+    if device.type == "cuda":
+        work()
 
 
 def _trial(config: TrainConfig, device: torch.device) -> "tuple[_Run, Meter]":
@@ -467,6 +475,7 @@ class _Run:
             "data": self.task.data_digest,
             "log": self.log,
             "losses": [float(loss) for loss in self.losses],
+            "kernels": unet_kernels.choices(self.device),
         }
         keep(self.config.out, self.step, tensors, about)
 
@@ -478,6 +487,8 @@ class _Run:
                 # in the parameter's own strides, as SGD made it
                 self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(kept)
         about = state.about
+        # whatever a clock says today
+        unet_kernels.adopt(about.get("kernels"), self.device)
         if about["data"] != self.task.data_digest:
             raise BadInput(
                 f"{self.config.images} and {self.config.labels} are not what the run in {self.config.out} began with; "

@@ -6,7 +6,7 @@ are put underneath without changing a signature; `lane` says which one an op tak
 """
 
 from ._aten import multiplies_in
-from ._choosing import adopt, by_device_time, choices, recorded, using
+from ._choosing import adopt, by_device_time, choices, circumstances, recorded, using
 from ._lanes import OPS, Explanation, explain, lane
 from ._native import NativeLibraryMissing
 from ._native import describe as native_libraries
@@ -32,6 +32,7 @@ __all__ = [
     "border_weight",
     "by_device_time",
     "choices",
+    "circumstances",
     "connected_components",
     "conv1x1",
     "conv3x3_relu",

@@ -43,9 +43,11 @@ __all__ = [
     "asked",
     "by_device_time",
     "choices",
+    "circumstances",
     "computed",
     "decide",
     "fastest",
+    "indexed",
     "octave",
     "ordinary_on_cpu",
     "recorded",
@@ -54,14 +56,22 @@ __all__ = [
     "table_path",
     "using",
     "which",
+    "why_too_large",
 ]
 
 SWITCHES = ("automatic", "reference", "ours")
 # ours must be this much faster than ATen: less is noise
 MARGIN = 0.98
-_KERNELS = ("_conv3x3_fwd", "_layout", "bias_relu", "conv1x1", "crop_concat", "max_pool2x2", "up_conv")
+_KERNELS = (
+    "_choosing", "_conv3x3_fwd", "_layout", "_triton", "bias_relu", "conv1x1", "conv3x3_relu", "conv3x3_relu_pool",
+    "crop_concat", "max_pool2x2", "up_conv",
+)  # fmt: skip
 # a larger map is timed by its first rows: what wins there wins on more of them
 MOST_PIXELS = 1 << 19
+# kernels count pixels in 32 bits, rounded up to a block; some have a program for each channel along an axis of so many
+MOST_COUNTED, MOST_CHANNELS = (1 << 31) - (1 << 14), (1 << 16) - 1
+# what allocators and libraries say where memory is all that is missing
+_NO_ROOM = ("out of memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +87,8 @@ class Way:
 class Question:
     """An op for a shape: `ways` to compute it, the most promising of each kind first; `exact` computes it in any dtype.
 
-    `cut` gives the arguments of the first so many lines of the maps, for timing.
+    `cut` gives the arguments of the first so many lines of the maps, for timing. A result must have ATen's strides,
+    unless `any_strides`.
     """
 
     op: str
@@ -85,6 +96,7 @@ class Question:
     ways: Callable[[], list[Way]]
     exact: Callable[..., Any]
     cut: Callable[[tuple[Any, ...], int], tuple[Any, ...]]
+    any_strides: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,26 +145,37 @@ def using(kernels: str) -> Iterator[None]:
         _switch = before
 
 
+def circumstances() -> tuple[Any, ...]:
+    """What besides its arguments decides the bits of an op: the switch, and how torch multiplies float32."""
+    return _switch, *(_triton.precision(torch.float32, of_products) for of_products in (False, True))
+
+
 def ordinary_on_cpu(tensor: Tensor) -> bool:
     """Whether a door may call ATen's own autograd at once: see `_checks.ordinary_on_cpu`. Not where ours is wanted."""
     return _switch != "ours" and _checks.ordinary_on_cpu(tensor)
 
 
-_device_time = False
+class _Here(threading.local):
+    """What a thread has asked for."""
+
+    by_device_time = False
+
+
+_here = _Here()
 
 
 @contextmanager
 def by_device_time() -> Iterator[None]:
     """Inside the block, what takes the device the least time is chosen, as inside a CUDA graph.
 
-    So that a net that is called computes the very bits of the same net replayed.
+    So that a net that is called computes the very bits of the same net replayed. It holds for this thread, and for what
+    is computed without gradients.
     """
-    global _device_time
-    before, _device_time = _device_time, True
+    before, _here.by_device_time = _here.by_device_time, True
     try:
         yield
     finally:
-        _device_time = before
+        _here.by_device_time = before
 
 
 # answering
@@ -172,11 +195,19 @@ def computed(
     x = arguments[0]
     if not asked(x.device) or x.shape[0] == 0:
         return reference(*arguments)
-    if refusal := why_not(x.device, x.dtype):
+    if refusal := why_not(x.device, x.dtype) or why_too_large(x):
         if _switch == "ours":
             raise RuntimeError(f"kernels must be 'automatic' or 'reference' here, got 'ours': {refusal}")
         return reference(*arguments)
     return run(question(*arguments), x.device, arguments)
+
+
+def why_too_large(x: Tensor) -> str:
+    """Why no kernel of ours takes a map, or "": its pixels are counted in 32 bits."""
+    N, C, H, W = x.shape
+    if N * (H + 1) * (W + 1) > MOST_COUNTED or C > MOST_CHANNELS:
+        return f"a map of {N} x {C} x {H} x {W} has more than {MOST_COUNTED} pixels or {MOST_CHANNELS} channels"
+    return ""
 
 
 _records: list[list[tuple[str, str, str]]] = []
@@ -190,7 +221,8 @@ def recorded() -> Iterator[list[tuple[str, str, str]]]:
     try:
         yield record
     finally:
-        _records.remove(record)
+        # this very list: an equal one may be somebody else's
+        del _records[next(i for i, each in enumerate(_records) if each is record)]
 
 
 def asked(device: torch.device) -> bool:
@@ -211,13 +243,15 @@ def run(question: Question, device: torch.device, arguments: tuple[Any, ...]) ->
 
 
 _decided: dict[tuple[Any, ...], Way] = {}
+# what has run in this process outside a capture, and so is compiled and loaded: (op, case, device, name)
+_ran: set[tuple[Any, ...]] = set()
 
 
 def decide(question: Question, device: torch.device, arguments: tuple[Any, ...] | None = None) -> Way:
     """The way that is chosen; without `arguments` nothing is measured."""
     on_cuda = device.type == "cuda"
     capturing = on_cuda and torch.cuda.is_current_stream_capturing()
-    by_device = capturing or _device_time
+    by_device = capturing or _here.by_device_time
     key = (question.op, question.case, device, _switch, by_device)
     if key in _decided:
         return _decided[key]
@@ -230,14 +264,39 @@ def decide(question: Question, device: torch.device, arguments: tuple[Any, ...] 
     if known is None:
         # ATen where it may, until it is known better; not remembered: the next call may measure
         return next((way for way in ways if not way.ours), ways[0])
-    _decided[key] = fastest(question, known, known.device_us if by_device else known.called_us)
-    return _decided[key]
+    way = fastest(question, known, known.device_us if by_device else known.called_us)
+    if on_cuda:
+        place = (question.op, question.case, device)
+        if capturing and (*place, way.name) not in _ran:
+            # its first launch loads it, which a capture forbids
+            loaded = {name: t for name, t in known.device_us.items() if (*place, name) in _ran}
+            return fastest(question, known, loaded) if loaded else next((w for w in ways if not w.ours), ways[0])
+        _ran.add((*place, way.name))
+        if not by_device and arguments is not None:
+            # whoever captures calls first
+            _load(fastest(question, known, known.device_us), place, arguments)
+    _decided[key] = way
+    return way
+
+
+def _load(way: Way, place: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
+    """Run what a capture would choose, once."""
+    if (*place, way.name) in _ran or not _may_measure(capturing=False):
+        return
+    try:
+        with torch.no_grad():
+            way.run(*arguments)
+    except RuntimeError:
+        return
+    _ran.add((*place, way.name))
 
 
 def fastest(question: Question, known: Row, us: dict[str, float]) -> Way:
-    """The way that the switch allows and these times favour."""
+    """The way that the switch allows and these times favour; ATen's where nothing has a time."""
     ways = _allowed(question)
     timed = [way for way in ways if way.name in us]
+    if not timed and _switch != "ours":
+        return next(way for way in ways if not way.ours)
     if not timed:
         refused = "; ".join(f"{way.name}: {known.refused.get(way.name, 'not timed')}" for way in ways)
         raise RuntimeError(f"{question.op} has no kernel of ours that may run for {question.case}: {refused}")
@@ -273,24 +332,50 @@ def arithmetic(dtype: torch.dtype) -> str:
 
 # one at a time; a way may consist of ops that have choices of their own
 _measuring = threading.RLock()
+_depth = 0
+# calls of a case until it is tried again, and that number when it is: each failure costs more than the calls it spares
+_waiting: dict[tuple[Any, ...], tuple[int, int]] = {}
 
 
 def _measured(question: Question, device: torch.device, arguments: tuple[Any, ...]) -> Row | None:
     """A new row of the table; None where there is no memory to measure in."""
-    with _measuring, torch.cuda.device(device), torch.no_grad():
+    global _depth
+    key = (question.op, question.case, device)
+    left, then = _waiting.get(key, (0, 8))
+    if left and not _depth:
+        _waiting[key] = (left - 1, then)
+        return None
+    with _measuring:
+        # another thread may have, meanwhile
+        if (known := row(question, device)) is not None:
+            return known
+        _depth += 1
         try:
-            measured = _time_all(question, arguments)
-        except torch.cuda.OutOfMemoryError:
+            with torch.cuda.device(device), torch.no_grad(), torch.autocast("cuda", enabled=False):
+                measured, lasting = _time_all(question, arguments)
+        except Exception as error:
+            _waiting[key] = (then, 8 * then)
+            # what is measured outside of this would be timed with a failure inside
+            if _depth > 1 and _is_no_room(error):
+                raise
+            # what ATen cannot do the caller will hear from ATen
             return None
         finally:
+            _depth -= 1
             # what it took is of sizes that nobody will ask for again
             torch.cuda.empty_cache()
-    _remember(question, device, measured)
+        _waiting.pop(key, None)
+        _remember(question, device, measured, lasting)
     return measured
 
 
-def _time_all(question: Question, arguments: tuple[Any, ...]) -> Row:
-    x = arguments[0]
+def _is_no_room(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_ROOM)
+
+
+def _time_all(question: Question, arguments: tuple[Any, ...]) -> tuple[Row, bool]:
+    """The row, and whether it lasts: what a compiler or a launch refused today, it may do tomorrow."""
+    x, lasting = arguments[0], True
     lines = max(8, MOST_PIXELS // (x.shape[0] * x.shape[3]))
     sample = _random_like(question.cut(arguments, lines) if x.shape[2] > lines else arguments)
     ways = question.ways()
@@ -303,18 +388,22 @@ def _time_all(question: Question, arguments: tuple[Any, ...]) -> Row:
             _poison(want)
             got = pytree.tree_leaves(way.run(*sample))
             refusal = next(filter(None, map(_too_far, got, want, exact)), "")
+            if not refusal and not question.any_strides:
+                refusal = next(filter(None, map(_lies_otherwise, got, want)), "")
             del got
             if refusal:
                 found.refused[way.name] = refusal
                 continue
             call = functools.partial(way.run, *sample)
-            found.device_us[way.name], found.called_us[way.name] = _device_us(call), _called_us(call)
-        except torch.cuda.OutOfMemoryError:
-            raise
+            called_us = _called_us(call)
+            found.device_us[way.name], found.called_us[way.name] = _device_us(call, called_us), called_us
         except Exception as error:
+            if _is_no_room(error):
+                raise
             # a compiler or a launch may refuse one way, and the others go on
             found.refused[way.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return found
+            lasting = False
+    return found, lasting
 
 
 def _random_like(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -375,12 +464,23 @@ def _too_far(got: Tensor, want: Tensor, exact: Tensor) -> str:
     return ""
 
 
-def _device_us(call: Callable[[], Any]) -> float:
+def _lies_otherwise(got: Tensor, want: Tensor) -> str:
+    """Why a result in other strides may not win, or "": what was compiled around the op relies on ATen's."""
+
+    def strides(t: Tensor) -> list[int]:
+        return [stride for stride, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+    return "" if strides(got) == strides(want) else f"strides {list(got.stride())}, not {list(want.stride())}"
+
+
+def _device_us(call: Callable[[], Any], called_us: float) -> float:
     """Microseconds of the device's own work: launches queue up behind a pause, and so none is waited for."""
     calls, spent = 10, []
+    # twice what the host may need for them, at no more than 2 GHz
+    pause = max(4_000_000, round(2 * calls * called_us * 2000))
     for _ in range(3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(4_000_000)
+        torch.cuda._sleep(pause)
         start.record()
         for _ in range(calls):
             call()
@@ -411,12 +511,21 @@ def row(question: Question, device: torch.device) -> Row | None:
     return _rows(device).get(f"{question.op}: {question.case}")
 
 
-def _remember(question: Question, device: torch.device, measured: Row) -> None:
-    _rows(device)[f"{question.op}: {question.case}"] = measured
+# rows that this process keeps to itself
+_passing: set[str] = set()
+
+
+def _remember(question: Question, device: torch.device, measured: Row, lasting: bool) -> None:
+    name = f"{question.op}: {question.case}"
+    _rows(device)[name] = measured
+    if not lasting:
+        _passing.add(name)
+        return
     path = table_path(device)
     try:
         # what another process has measured meanwhile stays
-        rows = _read(path, device) | _rows(device)
+        mine = {case: known for case, known in _rows(device).items() if case not in _passing}
+        rows = _read(path, device) | mine
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         beside.write_text(_written(rows, device), encoding="utf-8")
@@ -435,23 +544,23 @@ def _rows(device: torch.device) -> dict[str, Row]:
 
 def choices(device: torch.device | str) -> dict[str, Any]:
     """The table of a device, as JSON-able data: versions, and times by op and case. For a run's record."""
-    device = _indexed(device)
+    device = indexed(device)
     return json.loads(_written(_rows(device), device))
 
 
-def adopt(table: dict[str, Any], device: torch.device | str) -> bool:
+def adopt(table: dict[str, Any] | None, device: torch.device | str) -> bool:
     """Choose by this table (from `choices`) from now on, where it was made on such a device by these versions.
 
     So that a run that is resumed computes as it did before, whatever the clock says today. Returns whether it fits.
     """
-    device = _indexed(device)
+    device = indexed(device)
     rows = _parsed(table, device)
     _rows(device).update(rows)
     _decided.clear()
     return bool(rows)
 
 
-def _indexed(device: torch.device | str) -> torch.device:
+def indexed(device: torch.device | str) -> torch.device:
     device = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 

@@ -509,17 +509,27 @@ def why_not_blocks(blocks: Blocks, x: Tensor, weight: Tensor, skip: Tensor | Non
     if blocks.kernel != "descriptors":
         return ""
     maps = [x] if skip is None else [x, skip]
+    if refusal := _why_no_descriptors(maps, weight):
+        return refusal
+    if any(t.shape[1] % blocks.BLOCK_K for t in maps):
+        return f"the channels are no multiple of {blocks.BLOCK_K}"
+    return ""
+
+
+def _why_no_descriptors(maps: Sequence[Tensor], weight: Tensor) -> str:
+    """Why no descriptors name these, or ""; whatever it asks for is part of a case, as decisions are kept by case."""
     pitches = [_layout.pitch(t) for t in maps]
     if 0 in pitches or len(set(pitches)) > 1:
         return "the maps' lines are not equally long and one behind the other, channels last"
+    if maps[0].shape[0] > 1 and len({_layout.rows(t) for t in maps}) > 1:
+        return "the maps' images are not equally far apart"
     if not _layout.is_matrix(weight):
         return "the weight is not dense in channels_last"
-    if any(t.shape[1] % blocks.BLOCK_K for t in maps):
-        return f"the channels are no multiple of {blocks.BLOCK_K}"
     # a box's place is counted in 32 bits
     if any(_layout.rows(t) * t.shape[0] >= 2**31 for t in maps):
         return "more than 2^31 pixels"
-    return ""
+    # images are the third axis of a grid
+    return "" if maps[0].shape[0] < 2**16 else "more than 65535 images"
 
 
 def case_of(maps: Sequence[Tensor], weight: Tensor, relu: bool) -> str:
@@ -527,14 +537,15 @@ def case_of(maps: Sequence[Tensor], weight: Tensor, relu: bool) -> str:
     x = maps[0]
     channels = " + ".join(str(t.shape[1]) for t in maps)
     pixels = x.shape[0] * (x.shape[2] - 2) * (x.shape[3] - 2)
-    laid_out = all(_layout.pitch(t) for t in maps) and _layout.is_matrix(weight)
-    even = len({_layout.pitch(t) for t in maps}) == 1
+    laid_out = _layout.words(*maps, weight=weight)
+    if laid_out == "channels_last" and _why_no_descriptors(maps, weight):
+        laid_out = "channels_last, a window"
     return ", ".join(
         [
             f"{channels} -> {weight.shape[0]}",
             _choosing.octave(pixels),
             _choosing.arithmetic(x.dtype),
-            "other strides" if not laid_out else "channels_last" if even else "channels_last, a window",
+            laid_out,
             *(["relu"] if relu else []),
         ]
     )

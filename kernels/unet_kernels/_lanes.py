@@ -136,6 +136,8 @@ def explain(
     if op not in _QUESTIONS:
         raise ValueError(f"op must be one of {', '.join(_QUESTIONS)}, got {op!r}")
     device = torch.device(device)
+    if not chip and torch.cuda.is_available():
+        device = _choosing.indexed(device)
     with FakeTensorMode(), _triton.pretending(chip):
         made = arguments()
         kind, reason = lane(op, device, made[0].dtype)

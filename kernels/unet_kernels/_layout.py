@@ -22,6 +22,7 @@ __all__ = [
     "pitch",
     "rows",
     "suggests_channels_last",
+    "words",
 ]
 
 
@@ -66,6 +67,16 @@ def pitch(t: Tensor) -> int:
     if t.shape[0] > 1 and (stride_n % per_pixel or stride_n < a_line * (t.shape[2] - 1) + per_pixel * t.shape[3]):
         return 0
     return a_line // per_pixel
+
+
+def words(*maps: Tensor, weight: Tensor | None = None) -> str:
+    """How maps, and a weight, lie, as far as it decides which way is the fastest, and what strides come out."""
+    if all(map(pitch, maps)) and (weight is None or is_matrix(weight)):
+        return "channels_last"
+    kinds = ["channels_last" if all(map(suggests_channels_last, maps)) else "other strides"]
+    if weight is not None and not is_matrix(weight):
+        kinds.append("weight in channels_last" if suggests_channels_last(weight) else "weight in other strides")
+    return f"{', '.join(kinds)}, unaligned" if kinds[0] == "channels_last" else ", ".join(kinds)
 
 
 def rows(t: Tensor) -> int:

@@ -118,10 +118,11 @@ def descriptor(base: torch.Tensor, shape: list[int], strides: list[int], block: 
     return TensorDescriptor(base, shape, strides, block)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How exact a product of float32 matrices is: "tf32" (ten bits) where torch's convolutions may, else "ieee"."""
+def precision(dtype: torch.dtype, of_products: bool = False) -> str:
+    """How exact torch's convolutions (or its matrix products) of float32 are: "tf32" (ten bits), or "ieee"."""
     if dtype != torch.float32:
         return "ieee"
     # "none" where it was asked for by the older name, allow_tf32 = False
-    told: str = getattr(torch.backends.cudnn, "conv").fp32_precision  # noqa: B009 (mypy does not know it)
+    convolutions = getattr(torch.backends.cudnn, "conv")  # noqa: B009 (mypy does not know it)
+    told: str = (torch.backends.cuda.matmul if of_products else convolutions).fp32_precision
     return "tf32" if told == "tf32" else "ieee"

@@ -68,7 +68,7 @@ def launch_conv1x1_fwd(x: Tensor, weight: Tensor, bias: Tensor, BLOCK_P: int = 1
 def question(x: Tensor, weight: Tensor, bias: Tensor) -> Question:
     def ways() -> list[Way]:
         found = [Way("ATen", reference.conv1x1, False)]
-        if x.is_cuda:
+        if x.is_cuda and _layout.suggests_channels_last(x):
             found.append(Way("ATen, as a product", _product, False))
         for BLOCK_P in (128, 64):
             name = f"pointers, {BLOCK_P} pixels"
@@ -79,8 +79,10 @@ def question(x: Tensor, weight: Tensor, bias: Tensor) -> Question:
         return (arguments[0][:, :, :lines], *arguments[1:])
 
     pixels = _choosing.octave(x.shape[0] * x.shape[2] * x.shape[3])
-    laid_out = "channels_last" if _layout.pitch(x) else "other strides"
-    case = f"{x.shape[1]} -> {weight.shape[0]}, {pixels}, {_choosing.arithmetic(x.dtype)}, {laid_out}"
+    # a product follows a switch of its own
+    of_products = ", products as tf32" if _triton.precision(x.dtype, of_products=True) == "tf32" else ""
+    arithmetic = f"{_choosing.arithmetic(x.dtype)}{of_products}"
+    case = f"{x.shape[1]} -> {weight.shape[0]}, {pixels}, {arithmetic}, {_layout.words(x)}"
     return Question("conv1x1", case, ways, reference.conv1x1, cut)
 
 

@@ -35,7 +35,8 @@ def question(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, rows: int, col
         return x[:, :, :lines], weight, bias, relu, min(rows, lines - 2), columns
 
     case = f"{case_of([x], weight, relu)}, window {rows * columns / ((x.shape[2] - 2) * (x.shape[3] - 2)):.1f}"
-    return Question("conv3x3_relu_pool", case, ways, reference.conv3x3_relu_pool, cut)
+    # the op gives both in one layout, whoever made them
+    return Question("conv3x3_relu_pool", case, ways, reference.conv3x3_relu_pool, cut, any_strides=True)
 
 
 @torch.library.custom_op("unet::conv3x3_relu_pool", mutates_args=())
@@ -99,7 +100,13 @@ def one_pass_pays(x: Tensor, weight: Tensor, bias: Tensor, *, rows: int, columns
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if wants_gradient or _checks.transformed() or torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
+    # as `conv3x3_relu_pool` will have them
+    x, weight, bias = _checks.autocast(x, weight, bias)
     if not _choosing.asked(x.device) or _triton.why_no_dot(x.device, x.dtype) or x.shape[0] == 0:
         return False
-    arguments = (x, weight, bias, relu, rows, columns)
-    return _choosing.decide(question(*arguments), x.device, arguments).ours
+    return not _choosing.why_too_large(x) and _decided(x, weight, bias, relu, rows, columns)
+
+
+@_checks.outside_autocast
+def _decided(*arguments: Any) -> bool:
+    return _choosing.decide(question(*arguments), arguments[0].device, arguments).ours

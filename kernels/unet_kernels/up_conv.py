@@ -167,8 +167,8 @@ def question(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Question:
         return (arguments[0][:, :, :lines], *arguments[1:])
 
     pixels = _choosing.octave(x.shape[0] * x.shape[2] * x.shape[3])
-    laid_out = "channels_last" if _layout.pitch(x) else "other strides"
-    case = f"{mode}, {C_in} -> {C_out}, {pixels}, {_choosing.arithmetic(x.dtype)}, {laid_out}"
+    of_weight = "" if _layout.suggests_channels_last(weight) else ", weight in other strides"
+    case = f"{mode}, {C_in} -> {C_out}, {pixels}, {_choosing.arithmetic(x.dtype)}, {_layout.words(x)}{of_weight}"
     return Question("up_conv", case, ways, reference.up_conv, cut)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import unet_kernels
 from unet_fast import FastUNet, Replayed, replay
 from unet_kernels import _choosing
 
@@ -36,7 +37,7 @@ class _Net(FastUNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        assert _choosing._device_time, "called by other kernels than replayed"
+        assert _choosing._here.by_device_time, "called by other kernels than replayed"
         return super().forward(x.as_subclass(Tensor))
 
 
@@ -97,25 +98,41 @@ def test_on_a_cpu_the_net_is_called() -> None:
     assert not replayed.refused
 
 
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (lambda net: net.train(), "the net is in training mode"),
-        (lambda net: net.head.register_forward_hook(lambda *_: None), "a hook would be called once and never again"),
-    ],
-    ids=["training", "hook"],
-)
-def test_what_a_graph_would_not_repeat_is_called(spoil: Any, reason: str, captures: list[int]) -> None:
+@pytest.mark.parametrize("captured_before", [False, True])
+@pytest.mark.parametrize("how", ["training", "hook", "autocast"])
+def test_what_a_graph_would_not_repeat_is_called(
+    how: str, captured_before: bool, captures: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     net = _Net()
-    spoil(net)
+    replayed = Replayed(net, after=0)
+    if captured_before:
+        replayed(_x())
+    before, replays = net.calls, list(captures)
+    if how == "training":
+        net.train()
+    elif how == "hook":
+        net.head.register_forward_hook(lambda *_: None)
+    else:
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    replayed(_x())
+    assert net.calls == before + 1
+    assert captures == replays
+    assert not replayed.refused
+
+
+def test_what_decides_the_bits_besides_the_input_is_part_of_the_shape(captures: list[int]) -> None:
+    net = _Net()
     replayed = Replayed(net, after=0)
     replayed(_x())
-    assert replayed.refused == reason
-    assert not captures
+    before = net.calls
+    with unet_kernels.using("reference"):
+        replayed(_x())
+    assert net.calls == before + 1
+    assert captures == [1 + 1]
 
 
 def test_another_module_is_called(captures: list[int]) -> None:
-    replayed = Replayed(torch.nn.Identity(), after=0)
+    replayed = Replayed(torch.nn.Identity().eval(), after=0)
     x = _x()
     assert replayed(x) is x
     assert replayed.refused == "only a FastUNet is known to do the same every time"

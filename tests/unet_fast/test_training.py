@@ -329,6 +329,18 @@ def test_a_run_does_not_go_on_with_other_settings(case: str, drawn: Path, finish
     assert outcome(finished) == before
 
 
+def test_a_resumed_run_computes_by_the_choices_it_began_with(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, adopted = {"about": {"device": "a GPU"}, "rows": {}}, []
+    monkeypatch.setattr(uk, "choices", lambda device: table)
+    monkeypatch.setattr(uk, "adopt", lambda kept, device: adopted.append(kept))
+    train(config(drawn, tmp_path / "run"), progress=False)
+    assert not adopted
+    train(config(drawn, tmp_path / "run"), resume=True, progress=False)
+    assert adopted == [table]
+
+
 def test_what_is_left_open_on_resume_is_as_it_was(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"tile": 36, "ignore": 2, "validate_every": 2, "steps": 5}
     whole, run = tmp_path / "whole", tmp_path / "run"

@@ -2,9 +2,10 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[_Gpu]:
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
-    def clock(which: int) -> Callable[[Any], float]:
-        def read(call: Any) -> float:
+    def clock(which: int) -> Callable[..., float]:
+        def read(call: Any, *_: float) -> float:
             gpu.timed.append(call.func.name)
             return gpu.us[call.func.name][which]
 
@@ -59,6 +60,9 @@ def _forget() -> None:
     _choosing._rows.cache_clear()
     _choosing._about.cache_clear()
     _choosing._decided.clear()
+    _choosing._ran.clear()
+    _choosing._waiting.clear()
+    _choosing._passing.clear()
 
 
 @dataclass(frozen=True)
@@ -237,18 +241,125 @@ def test_nor_while_a_compiler_traces_or_by_one_of_several_ranks(gpu: _Gpu, monke
 
 def test_without_memory_to_measure_in_aten_serves_until_there_is(gpu: _Gpu) -> None:
     gpu.us = {"ATen": (9, 9), "fast": (5, 5)}
-    full = True
+    full, tried = True, 0
 
     def needs_room(x: Tensor) -> Tensor:
+        nonlocal tried
+        tried += 1
         if full:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return x + x
 
     question = _question(ATEN, _Doubling("fast", needs_room))
-    assert _chosen(question) == "ATen"
+    # not at every call: a failure costs more than a layer
+    for attempt, calls in enumerate((9, 65), 1):
+        for _ in range(calls):
+            assert _chosen(question) == "ATen"
+        assert tried == attempt
     assert _choosing.row(question, CUDA) is None
     full = False
+    assert [_chosen(question) for _ in range(513)][-1] == "fast"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")]
+)
+def test_what_consists_of_what_found_no_memory_is_not_timed(gpu: _Gpu, error: Exception) -> None:
+    gpu.us = {"ATen": (9, 9), "fast": (5, 5), "of another": (3, 3)}
+
+    def fails(x: Tensor) -> Tensor:
+        raise error
+
+    inner = _question(ATEN, _Doubling("fast", fails), case="inner")
+    outer = _question(ATEN, _Doubling("of another", lambda x: _choosing.run(inner, CUDA, (x,))), case="outer")
+    assert _chosen(outer) == "ATen"
+    assert _choosing.row(outer, CUDA) is _choosing.row(inner, CUDA) is None
+
+
+def test_what_was_refused_by_an_accident_is_not_remembered_on_disk(gpu: _Gpu) -> None:
+    gpu.us = {"ATen": (9, 9), "fast": (5, 5), "raises": (1, 1)}
+    question = _question(ATEN, _Doubling("raises", _raises), FAST)
     assert _chosen(question) == "fast"
+    _chosen(_question(ATEN, FAST, case="another"))
+    assert json.loads(_choosing.table_path(CUDA).read_text())["rows"].keys() == {"doubling: another"}
+
+
+def test_where_nothing_could_be_timed_aten_serves(gpu: _Gpu) -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("no compiler")
+
+    clumsy = iter(range(100))
+
+    def once(x: Tensor) -> Tensor:
+        # the first gives the yardstick
+        return x + x if next(clumsy) == 0 else broken(x)
+
+    assert _chosen(_question(_Doubling("ATen", once), _Doubling("fast", broken))) == "ATen"
+    assert _chosen(_question(_Doubling("ATen", broken), FAST, case="not even once")) == "ATen"
+
+
+def test_other_strides_may_not_win_where_they_matter(gpu: _Gpu) -> None:
+    gpu.us = {"ATen": (9, 9), "turned": (5, 5)}
+    turned = _Doubling("turned", lambda x: (x + x).contiguous(memory_format=torch.channels_last))
+    question = _question(ATEN, turned)
+    assert _chosen(question) == "ATen"
+    row = _choosing.row(question, CUDA)
+    assert row is not None
+    assert row.refused["turned"] == "strides [60, 1, 10, 2], not [60, 30, 5, 1]"
+    anyhow = replace(_question(ATEN, turned, case="anyhow"), any_strides=True)
+    assert _chosen(anyhow) == "turned"
+    # an axis of one value has none
+    assert _chosen(_question(ATEN, turned, case="one channel"), torch.rand(1, 1, 6, 5)) == "turned"
+
+
+def test_a_capture_takes_what_has_run_before(gpu: _Gpu) -> None:
+    ran: list[str] = []
+
+    def noted(name: str) -> _Doubling:
+        return _Doubling(name, lambda x: ran.append(name) or x + x)
+
+    gpu.us = {"ATen": (9, 10), "fast": (5, 40)}
+    question = _question(noted("ATen"), noted("fast"))
+    assert _chosen(question) == "ATen"
+    # a new process, which reads the table: before a capture it calls, and loads what the capture will take
+    _forget()
+    ran.clear()
+    assert _chosen(question) == "ATen"
+    assert ran == ["fast"]
+    gpu.capturing = True
+    assert _chosen(question) == "fast"
+    # and one that captures without having called loads nothing
+    _forget()
+    assert _chosen(question) == "ATen"
+    gpu.capturing = False
+    with _choosing.by_device_time():
+        assert _chosen(question) == "fast"
+    gpu.capturing = True
+    assert _chosen(question) == "fast"
+
+
+def test_a_thread_that_wants_the_devices_time_leaves_others_alone() -> None:
+    seen: list[bool] = []
+    with _choosing.by_device_time():
+        thread = threading.Thread(target=lambda: seen.append(_choosing._here.by_device_time))
+        thread.start()
+        thread.join()
+        assert _choosing._here.by_device_time
+    assert seen == [False]
+    assert not _choosing._here.by_device_time
+
+
+def test_records_inside_records_end_where_they_began() -> None:
+    with uk.recorded() as outer:
+        with uk.recorded():
+            pass
+        assert any(each is outer for each in _choosing._records)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 50_000, 50_000), (70_000, 1, 200, 200), (1, 70_000, 3, 3)], ids=str)
+def test_a_map_too_large_for_our_kernels_is_atens(shape: tuple[int, ...]) -> None:
+    assert "more than" in _choosing.why_too_large(torch.empty(shape, device="meta"))
+    assert not _choosing.why_too_large(torch.empty(1, 64, 10_000, 10_000, device="meta"))
 
 
 def test_measuring_leaves_the_callers_numbers_alone(gpu: _Gpu) -> None:

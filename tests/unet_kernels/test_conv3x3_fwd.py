@@ -19,6 +19,7 @@ from unet_kernels import _conv3x3_fwd, _layout, _triton, reference
 from unet_kernels._conv3x3_fwd import (
     Blocks,
     blocks_for,
+    case_of,
     launch_conv3x3_fwd,
     launch_conv3x3_pool_fwd,
     makes_maxima,
@@ -246,7 +247,57 @@ def test_whatever_is_offered_for_a_shape_is_right(
         assert got.stride() == reference.conv3x3_relu(*tensors).stride()
 
 
+@pytest.mark.interpreter
+@given(
+    c_up=st.sampled_from([16, 24, 32]),
+    c_skip=st.sampled_from([16, 32]),
+    h=st.integers(3, 7),
+    w=st.integers(3, 7),
+    n=st.integers(1, 3),
+    taller=st.sampled_from([0, 2, 5]),
+    wider=st.sampled_from([0, 0, 3]),
+    chip=st.sampled_from([80, 90]),
+)
+def test_whatever_is_offered_for_two_maps_is_right(
+    c_up: int, c_skip: int, h: int, w: int, n: int, taller: int, wider: int, chip: int
+) -> None:
+    up, weight, bias = _whole_numbers(_made(n, c_up, h, w, 16, torch.float32))
+    skip, weight_of_skip, _ = _whole_numbers(_made(n, c_skip, h + taller, w + wider, 16, torch.float32))
+    weight = awkward(torch.cat([weight, weight_of_skip], 1), "channels_last")
+    want = reference.conv3x3_relu_cat(up.double(), skip.double(), weight.double(), bias.double())
+    window = reference.crop_to(skip, h, w)
+    with _triton.pretending(chip if _triton.INTERPRETED else 0):
+        offered = ours(up, weight, window)
+    assert offered
+    # one of each kind: at these sizes the rest differs in block shapes only
+    for blocks in {blocks.kernel: blocks for blocks in reversed(offered)}.values():
+        got = launch_conv3x3_fwd(up, weight, bias, True, blocks, window)
+        assert torch.equal(got.double(), want), blocks
+
+
 # what is offered
+
+
+def _case(up: Tensor, skip: Tensor, weight: Tensor) -> str:
+    return case_of([up, reference.crop_to(skip, *up.shape[2:])], weight, True)
+
+
+def test_what_descriptors_cannot_name_is_another_case() -> None:
+    def made(n: int, c: int, h: int, w: int) -> Tensor:
+        return torch.empty(n, c, h, w, device="meta", memory_format=torch.channels_last)
+
+    weight = made(16, 32, 3, 3)
+    dense = _case(made(2, 16, 6, 6), made(2, 16, 6, 6), weight)
+    assert dense.endswith("channels_last, relu")
+    # a decision is kept by case, and what is decided runs unasked
+    taller = _case(made(2, 16, 6, 6), made(2, 16, 10, 6), weight)
+    assert taller.endswith("channels_last, a window, relu")
+    # of one image the rest is never reached
+    assert _case(made(1, 16, 6, 6), made(1, 16, 10, 6), weight).endswith("channels_last, relu")
+    assert case_of([made(70_000, 16, 5, 5)], made(16, 16, 3, 3), True).endswith("a window, relu")
+    unaligned = torch.empty(2, 6, 6, 6, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    cases = {case_of([t], torch.empty(16, 6, 3, 3), True) for t in (unaligned, unaligned.contiguous())}
+    assert len(cases) == 2
 
 
 def test_descriptors_are_offered_where_a_map_is_a_matrix_only() -> None:

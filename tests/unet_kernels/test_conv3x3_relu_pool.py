@@ -9,7 +9,7 @@ from torch import Tensor
 
 import unet_kernels as uk
 from tests.proof.properties import given, st
-from unet_kernels import _triton, reference
+from unet_kernels import _choosing, _triton, reference
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -122,3 +122,19 @@ _X, _W, _B = torch.zeros(1, 2, 6, 7), torch.zeros(3, 2, 3, 3), torch.zeros(3)
 def test_bad_input_is_refused_in_a_sentence(x: Tensor, rows: int, columns: int, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         uk.conv3x3_relu_pool(x, _W, _B, rows=rows, columns=columns)
+
+
+def test_it_is_decided_in_the_dtype_it_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[object, ...]] = []
+
+    def decide(question: object, device: torch.device, arguments: tuple[Tensor, ...]) -> _choosing.Way:
+        seen.append((*(t.dtype for t in arguments[:3]), torch.is_autocast_enabled("cpu")))
+        return _choosing.Way("apart", lambda *_: None, False)
+
+    monkeypatch.setattr(_choosing, "decide", decide)
+    monkeypatch.setattr(_choosing, "asked", lambda device: True)
+    monkeypatch.setattr(_triton, "why_no_dot", lambda device, dtype: "")
+    x, weight, bias = torch.rand(1, 16, 8, 8).bfloat16(), torch.rand(16, 16, 3, 3), torch.rand(16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        uk.one_pass_pays(x, weight, bias, rows=4, columns=4)
+    assert seen == [(torch.bfloat16, torch.bfloat16, torch.bfloat16, False)]
