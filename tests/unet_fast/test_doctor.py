@@ -57,7 +57,7 @@ def test_a_chip_that_is_not_here_has_something_of_ours_for_every_layer(chip: str
         assert row["ways"][0] in ("ATen", "apart")
         # the copy engine is sm_90's, and takes maps that lie as matrices; of float32 with all its bits it gains nothing
         matrices = chip == "sm_90" and row["op"] == "conv3x3_relu" and ", channels_last" in row["case"]
-            matrices = matrices and "unaligned" not in row["case"]
+        matrices = matrices and "unaligned" not in row["case"]
         matrices = matrices and precision != "float32"
         assert ("descriptors" in " ".join(row["ours"])) == matrices
 
