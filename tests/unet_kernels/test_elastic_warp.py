@@ -861,13 +861,11 @@ def test_compiled_code_of_the_derivative_is_within_budget(
     from tests.proof import aot
 
     image, grid, matrix, lut = _meta(1, 1, 700, 700), _meta(1, 2, 3, 3), _meta(1, 2, 3), _meta(1, 256)
-    others = {"_bwd_position_kernel", "_reach_kernel", "_bwd_image_kernel"} - {kernel}
-    with mock.patch.multiple(_module(), **{other: mock.MagicMock() for other in others}):
-        [launch] = aot.recorded(
-            _module(),
-            kernel,
-            lambda: launch_elastic_warp_bwd(_meta(1, 1, 572, 572), image, grid, matrix, lut, (572, 572), 3, [True] * 3),
-        )
+    [launch] = aot.recorded(
+        _module(),
+        kernel,
+        lambda: launch_elastic_warp_bwd(_meta(1, 1, 572, 572), image, grid, matrix, lut, (572, 572), 3, [True] * 3),
+    )
     for chip in aot.ELEMENTWISE_CHIPS:
         budget = aot.Budget(registers=registers, shared_bytes=shared_bytes, must_not_have=must_not_have)
         budget.check(aot.compiled(launch, chip))
