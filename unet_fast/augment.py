@@ -79,7 +79,7 @@ class ElasticWarp:
     def generator(seed: int, epoch: int, index: int) -> torch.Generator:
         """A CPU generator that depends on the three numbers alone."""
         digest = hashlib.sha256(f"{seed} {epoch} {index}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def draw(
         self, n: int, size: tuple[int, int], generator: torch.Generator, *, tile: int | tuple[int, int] | None = None
@@ -94,31 +94,34 @@ class ElasticWarp:
             max(2, round((full - 1) / max(1, side - 1) * (self.grid - 1)) + 1)
             for full, side in zip(size, sides, strict=True)
         ]
-        return torch.randn(n, 2, *points, generator=generator) * self.sigma_px
+        return _normal(generator, n, 2, *points) * self.sigma_px
 
     def draw_affine(self, n: int, generator: torch.Generator) -> Tensor:
         """Rotations, mirrors and zooms [n, 2, 3] about the image's centre; the last column, a shift, is 0."""
-        angle, side, size = torch.rand(3, n, generator=generator)
+        angle, side, size = _uniform(generator, 3, n).double()
         angle = angle * (2 * math.pi if self.rotate else 0.0)
-        mirrored = torch.where(side < 0.5, -1.0, 1.0) if self.mirror else torch.ones(n)
+        mirrored = torch.where(side < 0.5, -1.0, 1.0) if self.mirror else torch.ones_like(side)
         # what is read over a smaller distance comes out larger
         distance = self.zoom ** (1 - 2 * size)
         cos, sin = distance * angle.cos(), distance * angle.sin()
-        matrix = torch.zeros(n, 2, 3)
+        matrix = torch.zeros(n, 2, 3, dtype=torch.float32, device="cpu")
         matrix[:, 0, 0], matrix[:, 0, 1] = cos, -sin * mirrored
         matrix[:, 1, 0], matrix[:, 1, 1] = sin, cos * mirrored
         return matrix
 
     def draw_table(self, n: int, generator: torch.Generator) -> Tensor:
-        """Grey-value tables [n, 256] over 0 to 1: monotone, straight between five knots, like Freiburg's."""
-        ends, inner = torch.rand(n, 2, generator=generator), torch.rand(n, 4, generator=generator)
+        """Grey-value tables [n, 256] over 0 to 1: monotone, straight between five knots, like Freiburg's.
+
+        For `apply` to a uint8 (uint16) image times 255 (65535), as `draw_tile` does.
+        """
+        ends, inner = (_uniform(generator, n, count).double() for count in (2, 4))
         black = 0.2 * self.grey * (2 * ends[:, :1] - 1)
         white = 1 + 0.2 * self.grey * (2 * ends[:, 1:] - 1)
         # slopes between 2/3 and 3/2 at full strength, one for each quarter of the range
         slope = torch.exp(self.grey * math.log(1.5) * (2 * inner - 1))
-        rise = torch.cat([torch.zeros(n, 1), slope.cumsum(1)], 1) / slope.sum(1, keepdim=True)
+        rise = torch.cat([torch.zeros_like(slope[:, :1]), slope.cumsum(1)], 1) / slope.sum(1, keepdim=True)
         curve = torch.nn.functional.interpolate(rise[:, None], 256, mode="linear", align_corners=True)[:, 0]
-        return black + (white - black) * curve
+        return (black + (white - black) * curve).float()
 
     @staticmethod
     def folded(displacement: Tensor, size: tuple[int, int], *, out_size: int | tuple[int, int] | None = None) -> Tensor:
@@ -132,7 +135,8 @@ class ElasticWarp:
         if _cannot_fold(displacement, size):
             return torch.zeros(len(displacement), dtype=torch.float64, device=displacement.device)
         trace, determinant = _stretch(displacement, size, out_size)
-        return (1 + trace + determinant <= 0).double().mean((1, 2))
+        # NaN is not positive either
+        return (~(1 + trace + determinant > 0)).double().mean((1, 2))
 
     @staticmethod
     def unfolded(
@@ -192,13 +196,13 @@ class ElasticWarp:
             displacement = self.unfolded(displacement, (height, width), out_size=tile_in)
         matrix = self.draw_affine(1, generator)
         lut = self.draw_table(1, generator)
-        where = torch.rand(2, generator=generator)
-        sd = self.noise * torch.rand(1, generator=generator)
-        span = torch.tensor([float(height), float(width)]) - 1
+        where = _uniform(generator, 2)
+        sd = self.noise * _uniform(generator, 1)
+        span = torch.tensor([height, width], dtype=torch.float32, device="cpu") - 1
         answered = (tile_out, tile_out) if isinstance(tile_out, int) else tile_out
-        half = torch.minimum((torch.tensor(answered, dtype=torch.float32) - 1) / 2, span / 2)
+        half = torch.minimum((torch.tensor(answered, dtype=torch.float32, device="cpu") - 1) / 2, span / 2)
         centre = half + where * (span - 2 * half)
-        if self.foreground and torch.rand(1, generator=generator) < self.foreground:
+        if self.foreground and _uniform(generator, 1) < self.foreground:
             pixel = _cell_pixel(instances, generator)
             centre = centre if pixel is None else torch.minimum(torch.maximum(pixel, half), span - half)
         # the warp reads at M (p - c) + shift + c, so the tile's centre c reads at c + shift
@@ -213,12 +217,22 @@ class ElasticWarp:
             out_size=tile_in,
         )
         if self.noise:
-            noise = (top * sd * torch.randn(out.shape, generator=generator)).to(device)
+            noise = (top * sd * _normal(generator, *out.shape)).to(device)
             if image.is_floating_point():
                 out = out + noise.to(out.dtype)
             else:
                 out = (out.float() + noise).round().clamp(0, top).to(out.dtype)
         return out[0], labels[0]
+
+
+def _uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    """Numbers from 0 to 1, wherever torch's default device and dtype are."""
+    return torch.rand(shape, dtype=torch.float32, generator=generator, device="cpu")
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers, likewise; rounded from float64, whose last bits alone depend on the processor."""
+    return torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu").float()
 
 
 def _highest(dtype: torch.dtype) -> float:
@@ -228,12 +242,13 @@ def _highest(dtype: torch.dtype) -> float:
 
 def _cannot_fold(displacement: Tensor, size: tuple[int, int]) -> bool:
     """Whether the steps between neighbouring points of the grids are so small that no map can fold; sufficient only."""
-    slopes = torch.zeros(len(displacement), 2)
+    slopes = torch.zeros(len(displacement), 2, dtype=displacement.dtype, device="cpu")
     for axis, pixels in ((2, size[0]), (3, size[1])):
         points_per_pixel = (displacement.shape[axis] - 1) / max(1, pixels - 1)
         slopes = slopes + displacement.diff(dim=axis).abs().amax((2, 3)).cpu() * points_per_pixel
     # a component's slopes along both axes are less than 1 together: the Jacobian is diagonally dominant
-    return not bool((_STEEPEST * slopes >= 1).any())
+    # written so that NaN may fold
+    return bool((_STEEPEST * slopes < 1).all())
 
 
 def _stretch(
@@ -247,13 +262,13 @@ def _stretch(
 
 def _cell_pixel(instances: Tensor, generator: torch.Generator) -> Tensor | None:
     """Row and column of a cell's pixel, each as likely as any other; None where there is no cell."""
-    size = torch.tensor(instances.shape)
-    places = torch.minimum((torch.rand(_LOOKS, 2, generator=generator) * size).long(), size - 1)
+    size = torch.tensor(instances.shape, device="cpu")
+    places = torch.minimum((_uniform(generator, _LOOKS, 2) * size).long(), size - 1)
     found = (instances[tuple(places.T.to(instances.device))].long() > 0).nonzero()
     if not len(found):
         # few pixels of many: all of them
         places = (instances.long() > 0).nonzero().cpu()
         if not len(places):
             return None
-        found = torch.randint(len(places), (1, 1), generator=generator)
+        found = torch.randint(len(places), (1, 1), generator=generator, device="cpu")
     return places[int(found[0, 0])].float()

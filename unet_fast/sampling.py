@@ -81,7 +81,9 @@ class Sampler:
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, index = divmod(count, len(self.order))
-        shuffled = torch.randperm(len(self.order), generator=ElasticWarp.generator(self.config.seed, epoch, -1))
+        shuffled = torch.randperm(
+            len(self.order), generator=ElasticWarp.generator(self.config.seed, epoch, -1), device="cpu"
+        )
         example = self.examples[self.order[int(shuffled[index])]]
         generator = ElasticWarp.generator(self.config.seed, epoch, index)
         sides, grid_tile = self._sides(example)

@@ -688,22 +688,29 @@ class _Run:
             fits = 0
         return min(config.tile, fits)
 
+    def _diverged(self, loss: float) -> BadInput:
+        kept = f" ({self.config.out} keeps the last good state)" if checkpoints(self.config.out) else ""
+        needed = f"a smaller lr than {self.config.lr:g} is needed"
+        return BadInput(f"the loss became {loss} at step {self.step}; {needed}{kept}")
+
     def _report(self, check: bool) -> None:
         loss = float(torch.stack(self.losses).mean())
         # the last update may have thrown away what the losses before it show as good
         if check and math.isfinite(loss) and not all(p.isfinite().all() for p in self.model.parameters()):
             loss = math.nan
         if not math.isfinite(loss):
-            kept = f" ({self.config.out} keeps the last good state)" if checkpoints(self.config.out) else ""
-            needed = f"a smaller lr than {self.config.lr:g} is needed"
-            raise BadInput(f"the loss became {loss} at step {self.step}; {needed}{kept}")
+            raise self._diverged(loss)
         row: dict[str, Any] = dict.fromkeys(LOG_COLUMNS, "")
         lr = self.optimizer.param_groups[0]["lr"]
         epoch = (self.step - 1) // self.sampler.per_epoch
         row |= {"step": self.step, "epoch": epoch, "lr": f"{lr:.6g}", "loss": f"{loss:.6g}"}
         if check:
             self._make_room()
-            scores = self.validation.scores(self.model, self._validation_tile)
+            try:
+                scores = self.validation.scores(self.model, self._validation_tile)
+            except FloatingPointError as error:
+                # weights that are numbers yet, so large that nothing made of them is
+                raise self._diverged(math.nan) from error
             # IoU and average precision of a few images jump from one validation to the next; the loss does not
             val_loss = scores.get("val_loss")
             # the same step again, where its report was interrupted

@@ -48,6 +48,8 @@ class Validation:
         for example, target, weight in zip(self.examples, self.targets, self.weights, strict=True):
             tile_in = _tile_for(example, model, largest_tile)
             logits = predict(model, example.image, axes="CYX", tile_in=tile_in, output="logits")[None]
+            if not logits.isfinite().all():
+                raise FloatingPointError(f"the net's answer to {example.name} is not finite")
             valid = target.masked_fill(target < 0, -100)
             total += float(unet_kernels.weighted_cross_entropy(logits, valid, weight, reduction="sum"))
             pixels += int((target >= 0).sum())

@@ -37,8 +37,9 @@ __all__ = [
 ]
 
 IMAGES = (torch.uint8, torch.uint16, *_checks.FLOATS)
-# labels that a Triton kernel writes as they are
+# labels that a Triton kernel writes as they are, and those whose bits it does: labels are copied, never computed with
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_AS_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 # side of a block of the output whose gradient is handed back at once, and of a tile of the image that takes it
 BLOCK, TILE = 8, 32
 
@@ -379,7 +380,7 @@ def _bwd_image_kernel(  # type: ignore[no-untyped-def]
 
 def why_not(image: Tensor, displacement: Tensor, labels: Tensor | None, out_size: Sequence[int]) -> str:
     """Why the Triton kernels cannot take these, or "" if they can."""
-    if labels is not None and labels.dtype not in LABELS:
+    if labels is not None and labels.dtype not in (*LABELS, *_AS_SIGNED):
         return f"labels of {str(labels.dtype).removeprefix('torch.')} are left to torch"
     if displacement.dtype == torch.float64:
         return "float64 is left to torch"
@@ -405,13 +406,18 @@ def launch_elastic_warp_fwd(
     BLOCK_P = 256
     with _triton.on_device(image):
         _fwd_kernel[(-(-h * w // BLOCK_P), N)](
-            image, _read(displacement), labels, _read(matrix), _read(lut), out, warped,
+            image, _read(displacement), _bits(labels), _read(matrix), _read(lut), out, _bits(warped),
             C, H, W, *_sizes(image, displacement, out_size), *_table_of(lut, image.dtype),
             reference.highest_grey(image.dtype),
             *image.stride(), *((0, 0, 0) if labels is None else labels.stride()), _row_of(lut),
             ORDER=order, WHOLE=not image.is_floating_point(), BLOCK_P=BLOCK_P, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return out, warped
+
+
+def _bits(labels: Tensor | None) -> Tensor | None:
+    """Labels as a kernel knows them."""
+    return labels.view(_AS_SIGNED[labels.dtype]) if labels is not None and labels.dtype in _AS_SIGNED else labels
 
 
 def launch_elastic_warp_bwd(

@@ -535,3 +535,58 @@ def test_the_stream_is_the_same_for_none_one_and_four_workers(tmp_path: Path) ->
             os.killpg(child.pid, signal.SIGKILL)
             raise
     assert child.returncode == 0, said
+
+
+# ---- draws are the same everywhere
+
+
+_DRAWN = """
+import hashlib, torch
+from unet_fast import ElasticWarp
+warp, generator = ElasticWarp(noise=0.1, zoom=1.2), ElasticWarp.generator(3, 1, 4)
+drawn = [warp.draw(2, (300, 200), generator, tile=100), warp.draw_affine(3, generator), warp.draw_table(3, generator)]
+image, instances = torch.arange(8000.0).view(1, 80, 100) / 8000, torch.arange(8000).view(80, 100)
+drawn += warp.draw_tile(image, instances, 60, 20, generator)
+print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in drawn)).hexdigest())
+"""
+
+
+def test_draws_and_tiles_have_the_same_bits_whatever_vectors_a_processor_has() -> None:
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", _DRAWN],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for capability in ("default", "avx2")
+    }
+    assert len(said) == 1
+
+
+def test_draws_follow_no_default_device_or_dtype() -> None:
+    warp = ElasticWarp(noise=0.1)
+
+    def drawn() -> list[Tensor]:
+        generator = ElasticWarp.generator(3, 1, 4)
+        return [warp.draw(2, (30, 20), generator), warp.draw_affine(3, generator), warp.draw_table(3, generator)]
+
+    want = drawn()
+    with torch.device("meta"):
+        elsewhere = drawn()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        wide = drawn()
+    finally:
+        torch.set_default_dtype(before)
+    for one, two, three in zip(want, elsewhere, wide, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+        assert one.dtype == two.dtype == three.dtype == torch.float32
+
+
+def test_a_map_that_is_not_finite_folds() -> None:
+    nowhere = torch.full((1, 2, 3, 3), torch.nan)
+    assert float(ElasticWarp.folded(nowhere, (50, 50))) == 1.0

@@ -669,7 +669,11 @@ def test_the_gradients_kernels_take_any_strides(layout: str, device: torch.devic
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.uint8, torch.int8, torch.int16, torch.int64, torch.uint16, torch.uint32, torch.uint64],
+    ids=str,
+)
 def test_the_kernel_takes_labels_as_they_are(dtype: torch.dtype, device: torch.device) -> None:
     image, displacement, labels, *rest = _operands("as large", affine=False, table=False, device=device)
     want = launch_elastic_warp_fwd(image, displacement, labels.abs(), *rest, 1)[1]
@@ -803,7 +807,7 @@ def test_on_cuda_the_ops_take_the_kernels_and_otherwise_say_why_not(
 def test_what_the_kernels_cannot_take_is_left_to_torch() -> None:
     module = _module()
     image, grid = torch.empty(1, 1, 4, 4), torch.empty(1, 2, 3, 3)
-    assert "uint16" in module.why_not(image, grid, torch.empty(1, 4, 4, dtype=torch.uint16), (4, 4))
+    assert "bool" in module.why_not(image, grid, torch.empty(1, 4, 4, dtype=torch.bool), (4, 4))
     assert "float64" in module.why_not(image, grid.double(), None, (4, 4))
     assert "pixels" in module.why_not(image, grid, None, (2**16, 2**16))
     assert "cpu" in module.why_not(torch.empty(1, 1, 4, 4, device="cpu"), grid, None, (4, 4))
