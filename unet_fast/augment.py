@@ -86,7 +86,8 @@ class ElasticWarp:
     ) -> Tensor:
         """Displacements [n, 2, gh, gw], pixels, rows first, of a grid that spans images of `size`.
 
-        With `tile`, the points lie as far apart as `grid` points over one tile, however large the image is.
+        With `tile`, the points lie about as far apart as `grid` points over one tile (in whole intervals of the
+        image), however large the image is.
         """
         tile = size if tile is None else tile
         sides = (tile, tile) if isinstance(tile, int) else tile
