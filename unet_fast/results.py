@@ -5,6 +5,7 @@ A file takes its place when it is whole, and not before; the same pixels give th
 
 import os
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
@@ -190,7 +191,7 @@ def _write_zarr(path: Path, result: Result, within: Path) -> None:
     put_back(path, within)
     temporary, old = within / "whole.zarr", within / _OLD
     for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     try:
         # channels come before what lies in space
         axes = result.axes.replace("ZC", "CZ")
@@ -213,8 +214,17 @@ def _write_zarr(path: Path, result: Result, within: Path) -> None:
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror or f'{error}; is the disk full?'}") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(temporary)
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; where one of zarr's writers has failed, others may still be writing into it."""
+    for pause in (0.02, 0.05, 0.1, 0.2, 0.5):
+        if not folder.exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(pause)
 
 
 def put_back(path: Path, within: Path) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -566,6 +567,15 @@ def test_a_full_disk_is_a_sentence_and_leaves_what_was_there(limit: int, tmp_pat
     assert {name: _bytes(tmp_path / name) for name in names} == before
     assert not list(within.iterdir())
     assert {p.name for p in tmp_path.iterdir()} - {"first.zarr"} == names | {"within"}
+
+
+def test_what_others_write_meanwhile_goes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, late = tmp_path / "whole.zarr", [0, 1, 2]
+    (folder / "0").mkdir(parents=True)
+    monkeypatch.setattr(time, "sleep", lambda _: late and (folder / str(late.pop())).mkdir(parents=True))
+    results._remove(folder)
+    assert not late
+    assert not folder.exists()
 
 
 def test_room_for_what_is_mapped_is_taken_before_it_is_written(
