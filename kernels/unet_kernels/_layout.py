@@ -73,9 +73,12 @@ def words(*maps: Tensor, weight: Tensor | None = None) -> str:
     """How maps, and a weight, lie, as far as it decides which way is the fastest, and what strides come out."""
     if all(map(pitch, maps)) and (weight is None or is_matrix(weight)):
         return "channels_last"
-    kinds = ["channels_last" if all(map(suggests_channels_last, maps)) else "other strides"]
+    of_weight = weight is not None and suggests_channels_last(weight)
+    # one channel lies in both orders at once, and beside such a weight it does not matter which is meant
+    in_order = all(suggests_channels_last(t) or (of_weight and t.shape[1] == 1) for t in maps)
+    kinds = ["channels_last" if in_order else "other strides"]
     if weight is not None and not is_matrix(weight):
-        kinds.append("weight in channels_last" if suggests_channels_last(weight) else "weight in other strides")
+        kinds.append("weight in channels_last" if of_weight else "weight in other strides")
     return f"{', '.join(kinds)}, unaligned" if kinds[0] == "channels_last" else ", ".join(kinds)
 
 

@@ -364,8 +364,12 @@ def test_finished_tiles_that_a_disk_has_damaged_are_done_again(batch: int, refus
 
 # the command, but each pass takes a tenth of a second longer, and is committed at once
 SLOW = """
+import signal
 import time
 from unet_fast import cli, journal, model
+
+# whoever runs in the background is born deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def slow(self, x, forward=model.FastUNet.forward):
     time.sleep(0.1)
