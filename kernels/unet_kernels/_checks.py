@@ -36,6 +36,7 @@ __all__ = [
     "ordinary_on_cpu",
     "outside_autocast",
     "transformed",
+    "untraced",
 ]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -163,6 +164,13 @@ def ordinary_on_cpu(tensor: Tensor) -> bool:
 def is_real(tensor: Tensor) -> bool:
     """Whether there are values behind a tensor, as there are none behind a fake one."""
     return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def untraced(op: Callable[..., Any], body: Callable[..., Any], *arguments: Any) -> Any:
+    """What an op does: itself where it must be seen (torch.compile, fake tensors), else without its dispatch."""
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    seen = torch.compiler.is_compiling() or not all(map(is_real, tensors))
+    return (op if seen else body)(*arguments)
 
 
 def transformed() -> bool:

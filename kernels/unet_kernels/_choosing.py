@@ -46,10 +46,12 @@ __all__ = [
     "circumstances",
     "computed",
     "decide",
+    "derives",
     "fastest",
     "indexed",
     "octave",
     "ordinary_on_cpu",
+    "parameters",
     "recorded",
     "row",
     "run",
@@ -63,8 +65,8 @@ SWITCHES = ("automatic", "reference", "ours")
 # ours must be this much faster than ATen: less is noise
 MARGIN = 0.98
 _KERNELS = (
-    "_choosing", "_conv3x3_fwd", "_layout", "_triton", "bias_relu", "conv1x1", "conv3x3_relu", "conv3x3_relu_pool",
-    "crop_concat", "max_pool2x2", "up_conv",
+    "_choosing", "_conv3x3_dx", "_conv3x3_fwd", "_dweight", "_layout", "_triton", "bias_relu", "conv1x1",
+    "conv3x3_relu", "conv3x3_relu_pool", "crop_concat", "max_pool2x2", "up_conv",
 )  # fmt: skip
 # a larger map is timed by its first rows: what wins there wins on more of them
 MOST_PIXELS = 1 << 19
@@ -155,6 +157,27 @@ def ordinary_on_cpu(tensor: Tensor) -> bool:
     return _switch != "ours" and _checks.ordinary_on_cpu(tensor)
 
 
+def parameters(x: Tensor, weight: Tensor, bias: Tensor, whose: str = "x") -> tuple[Tensor, Tensor]:
+    """A convolution's parameters as its op wants them beside x, which autocast has cast: in x's dtype.
+
+    But where the derivative may be ours, float32 parameters stay as they are beside 16 bits: the op casts them, and
+    hands back gradients that were never rounded to 16 bits.
+
+    Raises:
+        TypeError, ValueError: they are not x's dtype, and there is no autocast; or on another device.
+    """
+    in_float32 = weight.dtype == bias.dtype == torch.float32
+    if in_float32 and x.dtype.itemsize == 2 and _checks.autocast_enabled(x) and asked(x.device):
+        _checks.expect_device("weight", weight, whose, x)
+        _checks.expect_device("bias", bias, whose, x)
+        return weight, bias
+    if _checks.autocast_enabled(x):
+        weight, bias = _checks.autocast(weight, bias)
+    _checks.expect_like("weight", weight, whose, x)
+    _checks.expect_like("bias", bias, whose, x)
+    return weight, bias
+
+
 class _Here(threading.local):
     """What a thread has asked for."""
 
@@ -228,6 +251,22 @@ def recorded() -> Iterator[list[tuple[str, str, str]]]:
 def asked(device: torch.device) -> bool:
     """Whether there is anything to choose: on CUDA, unless the reference is wanted; elsewhere, if ours is."""
     return _switch == "ours" or (device.type == "cuda" and _switch != "reference")
+
+
+def derives(*tensors: Tensor) -> bool:
+    """Whether the derivative of an op, made of these tensors, is a choice. One that is derived again is ATen's.
+
+    Raises:
+        RuntimeError: ours is wanted of a derivative that is to be derived again.
+    """
+    if not asked(tensors[0].device):
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if _switch == "ours":
+            said = "a derivative that is derived again (create_graph=True) has no kernel of ours"
+            raise RuntimeError(f"kernels must be 'automatic' or 'reference' here, got 'ours': {said}")
+        return False
+    return True
 
 
 def run(question: Question, device: torch.device, arguments: tuple[Any, ...]) -> Any:

@@ -8,7 +8,8 @@ memory. `not (y <= 0)` rather than `y > 0`, so that a NaN in y lets its gradient
 For the concatenation it keeps up and skip, and derives by each of them alone.
 Derivation: docs/mathematics.md, section 2.
 
-On CUDA the forward is the fastest of our kernels (`_conv3x3_fwd`) and ATen's ways, as measured there (`_choosing`).
+On CUDA forward, dx (`_conv3x3_dx`) and dweight (`_dweight`) are each the fastest of our kernels and ATen's ways, as
+measured there (`_choosing`).
 """
 
 import functools
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _aten, _checks, _choosing, _conv3x3_cpu, reference
+from . import _aten, _checks, _choosing, _conv3x3_cpu, _conv3x3_dx, _dweight, reference
 from ._choosing import Question, Way
+from ._conv3x3_dx import masked
 from ._conv3x3_fwd import Blocks, case_of, launch_conv3x3_fwd, ours
 from .bias_relu import launch_bias_relu_
 
@@ -85,59 +87,108 @@ def _plain_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: boo
 # the operators
 
 
+def _as_wide_as(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in x's dtype: under autocast they come in their own, so that their gradients are not rounded to x's."""
+    return weight.to(x.dtype), bias.to(x.dtype)
+
+
 @torch.library.custom_op("unet::conv3x3_relu", mutates_args=())
 @_checks.outside_autocast
-def _op(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    return _choosing.computed(question, _plain, (x, weight, bias, relu))
+def _op(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, mask_dx: bool = False, dy_masked: bool = False) -> Tensor:
+    return _choosing.computed(question, _plain, (x, *_as_wide_as(x, weight, bias), relu))
 
 
-# a fake whose body is the ATen composite gets the strides right
-_op.register_fake(_checks.outside_autocast(reference.conv3x3_relu))
+@_op.register_fake
+@_checks.outside_autocast
+def _(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, mask_dx: bool = False, dy_masked: bool = False) -> Tensor:
+    # a fake whose body is the ATen composite gets the strides right
+    return reference.conv3x3_relu(x, *_as_wide_as(x, weight, bias), relu)
 
 
 @torch.library.custom_op("unet::conv3x3_relu_cat", mutates_args=())
 @_checks.outside_autocast
-def _cat_op(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-    return _choosing.computed(question_cat, _plain_cat, (up, skip, weight, bias, relu))
+def _cat_op(
+    up: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    relu: bool,
+    mask_dskip: bool = False,
+    dy_masked: bool = False,
+) -> Tensor:
+    return _choosing.computed(question_cat, _plain_cat, (up, skip, *_as_wide_as(up, weight, bias), relu))
 
 
-_cat_op.register_fake(_checks.outside_autocast(reference.conv3x3_relu_cat))
+@_cat_op.register_fake
+@_checks.outside_autocast
+def _(
+    up: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    relu: bool,
+    mask_dskip: bool = False,
+    dy_masked: bool = False,
+) -> Tensor:
+    return reference.conv3x3_relu_cat(up, skip, *_as_wide_as(up, weight, bias), relu)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, weight, _, relu = inputs
-    ctx.save_for_backward(*tensors, weight, *([output] if relu else []))
-    ctx.relu = relu
+    *tensors, weight, _, relu, ctx.mask, dy_masked = inputs
+    # whoever has masked dy has seen y
+    ctx.relu = relu and not dy_masked
+    ctx.save_for_backward(*tensors, weight, *([output] if ctx.relu else []))
 
 
-def _masked(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
-    """dy back through the ReLU: zero where y <= 0, which no NaN satisfies."""
-    return torch.ops.aten.threshold_backward(dy, y[0], 0) if ctx.relu else dy
+def _dz(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
+    """dy back through the ReLU."""
+    return masked(dy, y[0]) if ctx.relu else dy
 
 
-def _derivatives(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -> Any:
-    """(dx, dweight, dbias) of the convolution of x."""
+def _derivatives(dz: Tensor, x: Tensor, weight: Tensor, needs: list[bool], mask: bool) -> Any:
+    """(dx, dweight, dbias) of the convolution of x, by ATen or what a CPU does better."""
     of_device = _conv3x3_cpu.derivatives if x.device.type == "cpu" else _aten.convolution_backward
-    return of_device(dy, x, weight, needs)
+    dx, *others = of_device(dz, x, weight.to(x.dtype), needs)
+    dx = masked(dx, x) if mask and needs[0] else dx
+    return dx, *(t if t is None else t.to(weight.dtype) for t in others)
 
 
 @_checks.outside_autocast
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *y = ctx.saved_tensors
-    return (*_derivatives(_masked(ctx, dy, y), x, weight, list(ctx.needs_input_grad[:3])), None)
+    for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+    dz, nothing = _dz(ctx, dy, y), (None, None, None)
+    if not _choosing.derives(dz, x, weight):
+        return *_derivatives(dz, x, weight, [for_x, for_weight, for_bias], ctx.mask), *nothing
+    dx = _conv3x3_dx.dx(dz, weight, x, mask=ctx.mask) if for_x else None
+    return dx, *_of_parameters(dz, weight, x, None, for_weight, for_bias), *nothing
+
+
+def _of_parameters(
+    dz: Tensor, weight: Tensor, x: Tensor, skip: Tensor | None, for_weight: bool, for_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if for_weight:
+        return _dweight.dweight(dz, weight, x, skip, with_bias=for_bias)
+    return None, dz.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if for_bias else None
 
 
 @_checks.outside_autocast
 def _cat_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     up, skip, weight, *y = ctx.saved_tensors
-    for_up, for_skip, for_weight, for_bias, _ = ctx.needs_input_grad
-    dy, channels = _masked(ctx, dy, y), up.shape[1]
+    for_up, for_skip, for_weight, for_bias = ctx.needs_input_grad[:4]
+    dz, channels, nothing = _dz(ctx, dy, y), up.shape[1], (None, None, None)
     # one map after the other: neither the concatenation nor its gradient is ever made
     window = reference.crop_to(skip, up.shape[2], up.shape[3])
-    dup, dweight, dbias = _derivatives(dy, up, weight[:, :channels], [for_up, for_weight, for_bias])
-    dwindow, dweight_of_skip, _ = _derivatives(dy, window, weight[:, channels:], [for_skip, for_weight, False])
-    dskip = reference.uncrop(dwindow, skip.shape) if for_skip else None
-    return dup, dskip, torch.cat([dweight, dweight_of_skip], 1) if for_weight else None, dbias, None
+    if _choosing.derives(dz, up, skip, weight):
+        dup = _conv3x3_dx.dx(dz, weight, up) if for_up else None
+        dwindow = _conv3x3_dx.dx(dz, weight, window, mask=ctx.mask, first=channels) if for_skip else None
+        dweight, dbias = _of_parameters(dz, weight, up, window, for_weight, for_bias)
+    else:
+        dup, dweight, dbias = _derivatives(dz, up, weight[:, :channels], [for_up, for_weight, for_bias], False)
+        dwindow, of_skip, _ = _derivatives(dz, window, weight[:, channels:], [for_skip, for_weight, False], ctx.mask)
+        dweight = torch.cat([dweight, of_skip], 1) if for_weight else None
+    dskip = reference.uncrop(dwindow, skip.shape) if dwindow is not None else None
+    return dup, dskip, dweight, dbias, *nothing
 
 
 _op.register_autograd(_backward, setup_context=_setup)
@@ -150,12 +201,16 @@ class _OnCPU(torch.autograd.Function):
     @staticmethod
     @_checks.outside_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _conv3x3_cpu.conv3x3_relu(*inputs)
+        y = _conv3x3_cpu.conv3x3_relu(*inputs[:4])
         # called here: autograd's own hook for it binds signatures, which costs more than a small convolution
         _setup(ctx, inputs, y)
         return y
 
     backward = staticmethod(_backward)
+
+
+def _by_aten(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, *_: bool) -> Tensor:
+    return reference.conv3x3_relu(x, weight, bias, relu)
 
 
 class _CatOnCPU(torch.autograd.Function):
@@ -164,14 +219,22 @@ class _CatOnCPU(torch.autograd.Function):
     @staticmethod
     @_checks.outside_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _plain_cat(*inputs)
+        y = _plain_cat(*inputs[:5])
         _setup(ctx, inputs, y)
         return y
 
     backward = staticmethod(_cat_backward)
 
 
-def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) -> Tensor:
+def conv3x3_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    relu: bool = True,
+    mask_dx: bool = False,
+    dy_masked: bool = False,
+) -> Tensor:
     """Valid 3x3 convolution with bias and ReLU, in one operation.
 
     Equals `torch.relu(torch.nn.functional.conv2d(x, weight, bias))`, strides of the result included. NaN passes
@@ -182,6 +245,10 @@ def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) 
         weight: [C_out, C_in, 3, 3], dtype and device of x.
         bias: [C_out], likewise.
         relu: False leaves the ReLU out.
+        mask_dx: a ReLU made x, and x's gradient is handed back with that ReLU's mask applied: zero where x is not
+            above zero. No pass of its own is needed for it.
+        dy_masked: all that read the result promise `mask_dx`. The ReLU's derivative is then theirs, and the result is
+            not kept for it. With one reader that does not, gradients are wrong.
 
     Returns:
         [N, C_out, H - 2, W - 2], dtype of x. Differentiable in x, weight and bias.
@@ -194,17 +261,28 @@ def conv3x3_relu(x: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) 
     >>> y.shape
     torch.Size([1, 64, 570, 570])
     """
-    x, weight, bias = expect_convolvable(x, weight, bias)
+    x, weight, bias = expect_convolvable(x, weight, bias, may_be_wide=True)
     if _checks.transformed():
         return reference.conv3x3_relu(x, weight, bias, relu)
+    if mask_dx or dy_masked:
+        return _op(x, weight, bias, bool(relu), mask_dx, dy_masked)
     call: Callable[..., Tensor] = _op
     if _choosing.ordinary_on_cpu(x):
         # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
-        call = _OnCPU.apply if _conv3x3_cpu.has_a_better_derivative(x, weight) else reference.conv3x3_relu
+        call = _OnCPU.apply if _conv3x3_cpu.has_a_better_derivative(x, weight) else _by_aten
     return _with_relu(call, (x, weight, bias), bool(relu))
 
 
-def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, relu: bool = True) -> Tensor:
+def conv3x3_relu_cat(
+    up: Tensor,
+    skip: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    relu: bool = True,
+    mask_dskip: bool = False,
+    dy_masked: bool = False,
+) -> Tensor:
     """`conv3x3_relu(crop_concat(up, skip), weight, bias)`, the concatenation never kept.
 
     Args:
@@ -214,6 +292,8 @@ def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, 
         weight: [C_out, C_up + C_skip, 3, 3]; the first C_up input channels belong to up.
         bias: [C_out].
         relu: False leaves the ReLU out.
+        mask_dskip: as `mask_dx` of `conv3x3_relu`, for skip; up is nothing's ReLU.
+        dy_masked: as of `conv3x3_relu`.
 
     Returns:
         [N, C_out, H - 2, W - 2]. Differentiable in up, skip, weight and bias; skip's gradient is zero outside the
@@ -228,14 +308,15 @@ def conv3x3_relu_cat(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, *, 
         raise ValueError(f"up must have at least one channel, got {list(up.shape)}")
     _expect_parameters(weight, bias, up.shape[1] + skip.shape[1], "the channels of up and skip together")
     _expect_room("up", up)
-    up, skip, weight, bias = _checks.autocast(up, skip, weight, bias)
-    for name, value in (("skip", skip), ("weight", weight), ("bias", bias)):
-        _checks.expect_like(name, value, "up", up)
+    up, skip = _checks.autocast(up, skip)
+    weight, bias = _choosing.parameters(up, weight, bias, "up")
+    _checks.expect_like("skip", skip, "up", up)
     if _checks.transformed():
         return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
-    return _with_relu(
-        _CatOnCPU.apply if _choosing.ordinary_on_cpu(up) else _cat_op, (up, skip, weight, bias), bool(relu)
-    )
+    if mask_dskip or dy_masked:
+        return _cat_op(up, skip, weight, bias, bool(relu), mask_dskip, dy_masked)
+    ordinary = _choosing.ordinary_on_cpu(up)
+    return _with_relu(_CatOnCPU.apply if ordinary else _cat_op, (up, skip, weight, bias), bool(relu))
 
 
 def _with_relu(call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: bool) -> Tensor:
@@ -246,12 +327,12 @@ def _with_relu(call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: b
     net, whose largest maps are these.
     """
     if relu and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return call(*tensors, False).relu_()
-    return call(*tensors, relu)
+        return call(*tensors, False, False, False).relu_()
+    return call(*tensors, relu, False, False)
 
 
-def expect_convolvable(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    """The three that fit each other, as autocast would have them.
+def expect_convolvable(x: Tensor, weight: Tensor, bias: Tensor, may_be_wide: bool = False) -> tuple[Tensor, ...]:
+    """The three that fit each other, as autocast would have them; the parameters, if they may be, of their own width.
 
     Raises:
         TypeError, ValueError: as for `conv3x3_relu`.
@@ -259,6 +340,9 @@ def expect_convolvable(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor,
     _checks.expect_float("x", x, "N, C_in, H, W")
     _expect_parameters(weight, bias, x.shape[1], "the channels of x")
     _expect_room("x", x)
+    if may_be_wide:
+        (x,) = _checks.autocast(x)
+        return x, *_choosing.parameters(x, weight, bias)
     x, weight, bias = _checks.autocast(x, weight, bias)
     _checks.expect_like("weight", weight, "x", x)
     _checks.expect_like("bias", bias, "x", x)

@@ -84,6 +84,63 @@ def _fwd_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=(i < pixels)[:, None] & (co < C_out)[None, :])
 
 
+@jit
+def _dx_kernel(  # type: ignore[no-untyped-def]
+    dy_ptr, weight_ptr, x_ptr, dx_ptr,
+    H, W, pixels, H_x, W_x, C_out, C_in,
+    stride_yn, stride_yc, stride_yh, stride_yw,
+    stride_wt, stride_wi, stride_wo,
+    stride_xn, stride_xc, stride_xh, stride_xw,
+    stride_dn, stride_dc, stride_dh, stride_dw,
+    RESIZE: tl.constexpr, MASK: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # dx is H x W; of "resize" that is one line and one column more than x, those that were repeated
+    blocks_n = tl.cdiv(C_in, BLOCK_N)
+    i = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
+    ci = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    p = tl.minimum(i, pixels - 1)
+    row, column = p // W % H, p % W
+    n, h, w = (p // W // H).to(tl.int64), row.to(tl.int64), column.to(tl.int64)
+    y_rows = dy_ptr + (n * stride_yn + 2 * h * stride_yh + 2 * w * stride_yw)[:, None]  # [BLOCK_P, 1]
+    wanted = ci < C_in
+    w_rows = weight_ptr + (ci.to(tl.int64) * stride_wi)[:, None]  # [BLOCK_N, 1]
+    blocks_k = tl.cdiv(C_out, BLOCK_K)
+    acc = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
+    for k in range((9 if RESIZE else 4) * blocks_k):
+        tap = k // blocks_k
+        c = k % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        if RESIZE:
+            # taps 0; 1 and 2; 3 and 4; 5 to 8 are those of the phases (0, 0), (0, 1), (1, 0), (1, 1)
+            phase = (tap >= 1).to(tl.int32) + (tap >= 3).to(tl.int32) + (tap >= 5).to(tl.int32)
+            a, b = phase // 2, phase % 2
+            within = tap - (phase * (phase + 1) // 2 - phase // 3)
+            down, right = within // (1 + b), within % (1 + b)
+            there = (row >= down) & (row - down < H_x) & (column >= right) & (column - right < W_x)
+            # the source pixel (h - down, w - right) made the pixels of this phase that saw (h, w)
+            y_h, y_w = tl.cast(a - 2 * down, tl.int64), tl.cast(b - 2 * right, tl.int64)
+        else:
+            there = i < pixels
+            y_h, y_w = tl.cast(tap // 2, tl.int64), tl.cast(tap % 2, tl.int64)
+        y_at = y_rows + (y_h * stride_yh + y_w * stride_yw) + (c.to(tl.int64) * stride_yc)[None, :]
+        w_at = w_rows + tl.cast(tap, tl.int64) * stride_wt + (c.to(tl.int64) * stride_wo)[None, :]
+        if EVEN:
+            dy = tl.load(y_at, mask=there[:, None], other=0.0)
+            weight = tl.load(w_at, mask=wanted[:, None], other=0.0)
+        else:
+            dy = tl.load(y_at, mask=there[:, None] & (c < C_out)[None, :], other=0.0)
+            weight = tl.load(w_at, mask=wanted[:, None] & (c < C_out)[None, :], other=0.0)
+        acc = tl.dot(dy, tl.trans(weight), acc, input_precision=PRECISION)
+    stored = (i < pixels)[:, None] & wanted[None, :]
+    ci = ci.to(tl.int64)
+    if MASK:
+        x_at = x_ptr + (n * stride_xn + h * stride_xh + w * stride_xw)[:, None] + (ci * stride_xc)[None, :]
+        # not `x > 0`: a NaN lets its gradient through
+        acc = tl.where(tl.load(x_at, mask=stored, other=0.0) <= 0, 0.0, acc)
+    dx_at = dx_ptr + (n * stride_dn + h * stride_dh + w * stride_dw)[:, None] + (ci * stride_dc)[None, :]
+    tl.store(dx_at, acc.to(dx_ptr.dtype.element_ty), mask=stored)
+
+
 @dataclass(frozen=True, slots=True)
 class Blocks:
     """What a program makes: BLOCK_P source pixels times BLOCK_N channels, BLOCK_K channels a step."""
@@ -139,6 +196,33 @@ def launch_up_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor, mode: str, block
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
     return y
+
+
+def launch_up_conv_dx(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: str, blocks: Blocks) -> Tensor:
+    """dx in x's layout; with `mask` zero where x, then a ReLU's result, is."""
+    N, C_in, H_x, W_x = x.shape
+    C_out = dy.shape[1]
+    resize = mode == "resize"
+    # what the repeated line and column were given is added to those that they repeat
+    H, W = (H_x + 1, W_x + 1) if resize else (H_x, W_x)
+    layout = torch.channels_last if _layout.suggests_channels_last(x) else torch.contiguous_format
+    dx = torch.empty((N, C_in, H, W), dtype=dy.dtype, device=dy.device, memory_format=layout)
+    if dx.numel() == 0:
+        return dx[:, :, :H_x, :W_x]
+    taps, axes = (_summed_by_phase(weight), (0, 2, 1)) if resize else (_as_matrices(weight), (0, 1, 2))
+    pixels = N * H * W
+    # one program per block of pixels and channels
+    grid = (-(-pixels // blocks.BLOCK_P) * -(-C_in // blocks.BLOCK_N),)
+    with _triton.on_device(dy):
+        _dx_kernel[grid](
+            dy, taps, x, dx, H, W, pixels, H_x, W_x, C_out, C_in,
+            *dy.stride(), *(taps.stride(axis) for axis in axes), *x.stride(), *dx.stride(),
+            RESIZE=resize, MASK=mask and not resize, EVEN=C_out % blocks.BLOCK_K == 0,
+            PRECISION=_triton.precision(dy.dtype),
+            BLOCK_P=blocks.BLOCK_P, BLOCK_N=blocks.BLOCK_N, BLOCK_K=blocks.BLOCK_K,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    return dx if not resize else _folded(dx)
 
 
 def _as_matrices(weight: Tensor) -> Tensor:
