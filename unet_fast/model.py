@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 import unet_kernels
@@ -47,12 +48,14 @@ class Conv3x3(nn.Conv2d):
     def reset_parameters(self) -> None:
         _restart(self.weight, self.bias, 9 * self.in_channels)
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, skip: Tensor | None = None, *, masks: bool = False, masked: bool = False) -> Tensor:
+        """With `masks` it masks the gradient of x (of skip, where there is one); `masked`, its own comes masked."""
         if self.padding != (0, 0):
             return F.relu(super().forward(x if skip is None else torch.cat([x, skip], 1)))
+        given = self.weight, self.bias
         if skip is None:
-            return unet_kernels.conv3x3_relu(x, self.weight, self.bias)
-        return unet_kernels.conv3x3_relu_cat(x, skip, self.weight, self.bias)
+            return unet_kernels.conv3x3_relu(x, *given, mask_dx=masks, dy_masked=masked)
+        return unet_kernels.conv3x3_relu_cat(x, skip, *given, mask_dskip=masks, dy_masked=masked)
 
     def pooled(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor] | None:
         """(the centred [rows, columns] window of forward(x), its 2x2 maxima) in one pass; None where two are faster."""
@@ -73,8 +76,8 @@ class Deconv(nn.ConvTranspose2d):
     def reset_parameters(self) -> None:
         _restart(self.weight, self.bias, self.in_channels)
 
-    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:  # noqa: ARG002 (nn.ConvTranspose2d has it)
-        return unet_kernels.up_conv(x, self.weight, self.bias, mode="deconv")
+    def forward(self, x: Tensor, output_size: Any = None, *, masks: bool = False) -> Tensor:  # noqa: ARG002 (nn.ConvTranspose2d has it)
+        return unet_kernels.up_conv(x, self.weight, self.bias, mode="deconv", mask_dx=masks)
 
 
 class Resize(nn.Conv2d):
@@ -88,8 +91,8 @@ class Resize(nn.Conv2d):
     def reset_parameters(self) -> None:
         _restart(self.weight, self.bias, 4 * self.in_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return unet_kernels.up_conv(x, self.weight, self.bias, mode="resize")
+    def forward(self, x: Tensor, *, masks: bool = False) -> Tensor:
+        return unet_kernels.up_conv(x, self.weight, self.bias, mode="resize", mask_dx=masks)
 
 
 class Head(nn.Conv2d):
@@ -103,8 +106,8 @@ class Head(nn.Conv2d):
     def reset_parameters(self) -> None:
         _restart(self.weight, self.bias, self.in_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return unet_kernels.conv1x1(x, self.weight, self.bias)
+    def forward(self, x: Tensor, *, masks: bool = False) -> Tensor:
+        return unet_kernels.conv1x1(x, self.weight, self.bias, mask_dx=masks)
 
 
 class Down(nn.Module):
@@ -116,16 +119,25 @@ class Down(nn.Module):
         self.conv2 = Conv3x3(out_channels, out_channels, padding)
         self.dropout = dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv2(self.conv1(x))
+    def forward(self, x: Tensor, *, inner: bool = False, masked: bool = False) -> Tensor:
+        """`inner`: gradients inside are masked by who reads; `masked`: so is the one that comes, if nothing drops."""
+        x = self.conv2(self.conv1(x, masked=inner), masks=inner, masked=masked and not self.drops)
         # both the pool and the skip get the dropped map, as in the release
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    @property
+    def is_ours(self) -> bool:
+        return isinstance(self.conv1, Conv3x3) and isinstance(self.conv2, Conv3x3)
+
+    @property
+    def drops(self) -> bool:
+        return self.dropout > 0 and self.training
 
     @property
     def hands_on(self) -> bool:
         """Whether a window and the maxima are all that is wanted of the result: no dropout, no hook on it."""
         watched = any(m._forward_hooks or m._forward_pre_hooks for m in (self, self.conv2))
-        return self.conv2.padding == (0, 0) and not watched and not (self.dropout and self.training)
+        return self.conv2.padding == (0, 0) and not watched and not self.drops
 
     def handed_on(self, x: Tensor, below: int) -> tuple[Tensor, Tensor]:
         """(the window that the way up will see of forward(x), `below` levels being under it; its 2x2 maxima)."""
@@ -148,8 +160,22 @@ class Up(nn.Module):
         self.conv2 = Conv3x3(out_channels, out_channels, padding)
         self.activation, self.skips = activation, skips
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        x = self.up(x)
+    @property
+    def is_ours(self) -> bool:
+        convolutions = isinstance(self.conv1, Conv3x3) and isinstance(self.conv2, Conv3x3)
+        return convolutions and isinstance(self.up, Deconv | Resize)
+
+    def forward(
+        self,
+        x: Tensor,
+        skip: Tensor,
+        *,
+        inner: bool = False,
+        masks: tuple[bool, bool] = (False, False),
+        masked: bool = False,
+    ) -> Tensor:
+        """`inner`, `masked`: as of `Down`; `masks`: whether the gradients of x and of skip are handed back masked."""
+        x = self.up(x, masks=masks[0])
         if self.activation:
             x = F.relu(x)
         if self.conv1.padding == (0, 0):
@@ -158,7 +184,8 @@ class Up(nn.Module):
         elif x.shape[2:] != skip.shape[2:]:
             # an odd level lost its last row (column) to the pool: repeat the edge, invent no zeros
             x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]), mode="replicate")
-        return self.conv2(self.conv1(x, skip) if self.skips else self.conv1(x))
+        x = self.conv1(x, skip, masks=masks[1], masked=inner) if self.skips else self.conv1(x, masked=inner)
+        return self.conv2(x, masks=inner, masked=masked)
 
 
 def _centre(skip: Tensor, rows: int, columns: int) -> Tensor:
@@ -304,14 +331,36 @@ class FastUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of x [N, in_channels, H, W], before any softmax."""
         self._check(x)
-        x, skips = self._contracted(x)
+        masks = self._masks(x)
+        # a level that is made again hands on as it is: what lies between levels is kept then, and nothing beside it
+        outer = masks and self.recompute == "none"
+        x, skips = self._contracted(x, masks, outer)
         for level in reversed(range(self.depth)):
             # a view of its own: backward hooks of this level are called when the level is done, not the window
             skip = skips.pop()
-            x = self._step(self.up[level], x, skip[:])
-        return self.head(x)
+            if not masks:
+                x = self._step(self.up[level], x, skip[:])
+                continue
+            # what the bottom and the skips are made of may have been dropped, and is no ReLU's result then
+            dropped = level + 1 == self.depth and self._drops(level + 1), self._drops(level)
+            of_x, of_skip = (outer and not each for each in dropped)
+            x = self._step(self.up[level], x, skip, inner=True, masks=(of_x, of_skip), masked=outer)
+        return self.head(x, masks=True) if outer and (self.depth or not self._drops(0)) else self.head(x)
 
-    def _contracted(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _masks(self, x: Tensor) -> bool:
+        """Whether gradients inside are handed back with the masks of the ReLUs below, for which no pass is needed.
+
+        Nobody may look at them then: a hook would see zeros that are not there without the masks.
+        """
+        if self.padding != "valid" or not unet_kernels.chooses_derivatives(x) or _has_any_global_hook():
+            return False
+        if any(m._backward_hooks or m._backward_pre_hooks or m._forward_hooks for m in self.modules()):
+            return False
+        # a part that somebody put in knows nothing of masks
+        levels = all(isinstance(m, Down) for m in self.down) and all(isinstance(m, Up) for m in self.up)
+        return levels and isinstance(self.head, Head) and all(m.is_ours for m in (*self.down, *self.up))
+
+    def _contracted(self, x: Tensor, masks: bool, outer: bool) -> tuple[Tensor, list[Tensor]]:
         """(the bottom's map, of each level above it what the way up will see)."""
         skips: list[Tensor] = []
         if not torch.is_grad_enabled() and all(isinstance(d, Down) and d.hands_on for d in self.down[:-1]):
@@ -320,14 +369,31 @@ class FastUNet(nn.Module):
                 skip, x = down.handed_on(x, self.depth - level)
                 skips.append(skip)
             return self.down[self.depth](x), skips
+        if outer:
+            for level, down in enumerate(self.down[:-1]):
+                x = down(x, inner=True, masked=True)
+                rows, columns = self._arriving(x, level)
+                skip, x = unet_kernels.window_and_pool(x, rows=rows, columns=columns, mask_dx=not self._drops(level))
+                skips.append(skip)
+            return self.down[self.depth](x, inner=True, masked=True), skips
         for level in range(self.depth + 1):
-            x = self._step(self._down, x, level)
+            x = self._step(self._down, x, level, masks)
             if level < self.depth:
                 skips.append(self._window(x, level))
         return x, skips
 
-    def _down(self, x: Tensor, level: int) -> Tensor:
-        return self.down[level](unet_kernels.max_pool2x2(x) if level else x)
+    def _down(self, x: Tensor, level: int, masks: bool) -> Tensor:
+        x = unet_kernels.max_pool2x2(x) if level else x
+        return self.down[level](x, inner=True) if masks else self.down[level](x)
+
+    def _drops(self, level: int) -> bool:
+        down = self.down[level]
+        return isinstance(down, Down) and down.drops
+
+    def _arriving(self, skip: Tensor, level: int) -> tuple[int, int]:
+        """Rows and columns of the window that the way up will see of a skip."""
+        rows, columns = (geometry.arriving_size(n, self.depth - level) for n in skip.shape[2:])
+        return rows, columns
 
     def _window(self, skip: Tensor, level: int) -> Tensor:
         """What the way up will see of a skip.
@@ -335,16 +401,13 @@ class FastUNet(nn.Module):
         The view is taken here, on the way down: autograd goes backward in the order of making, and so lays the
         window's gradient into zeros of the whole map's size only when this level's turn has come.
         """
-        if self.padding == "same":
-            return skip
-        rows, columns = (geometry.arriving_size(n, self.depth - level) for n in skip.shape[2:])
-        return _centre(skip, rows, columns)
+        return skip if self.padding == "same" else _centre(skip, *self._arriving(skip, level))
 
-    def _step(self, step: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def _step(self, step: Callable[..., Tensor], *arguments: Any, **how: Any) -> Tensor:
         """A level of the U; its inner maps are made again in the backward if `recompute` says so."""
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return step(*arguments)
-        return checkpoint(step, *arguments, use_reentrant=False)
+            return step(*arguments, **how)
+        return checkpoint(step, *arguments, use_reentrant=False, **how)
 
     def _check(self, x: Any) -> None:
         if not isinstance(x, Tensor):

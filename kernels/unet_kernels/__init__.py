@@ -6,7 +6,7 @@ are put underneath without changing a signature; `lane` says which one an op tak
 """
 
 from ._aten import multiplies_in
-from ._choosing import adopt, by_device_time, choices, circumstances, recorded, using
+from ._choosing import adopt, by_device_time, choices, chooses_derivatives, circumstances, recorded, using
 from ._lanes import OPS, Explanation, explain, lane
 from ._native import NativeLibraryMissing
 from ._native import describe as native_libraries
@@ -18,7 +18,7 @@ from .conv3x3_relu_pool import conv3x3_relu_pool, one_pass_pays
 from .crop_concat import crop_concat
 from .elastic_warp import elastic_warp, warp_jacobian
 from .homotopic_warp import ERROR_KINDS, homotopic_warp
-from .max_pool2x2 import max_pool2x2
+from .max_pool2x2 import max_pool2x2, window_and_pool
 from .rand_sums import rand_sums, watershed_cells
 from .up_conv import up_conv
 from .weighted_cross_entropy import head_cross_entropy, weighted_cross_entropy
@@ -32,6 +32,7 @@ __all__ = [
     "border_weight",
     "by_device_time",
     "choices",
+    "chooses_derivatives",
     "circumstances",
     "connected_components",
     "conv1x1",
@@ -57,4 +58,5 @@ __all__ = [
     "warp_jacobian",
     "watershed_cells",
     "weighted_cross_entropy",
+    "window_and_pool",
 ]

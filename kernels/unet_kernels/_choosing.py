@@ -43,6 +43,7 @@ __all__ = [
     "asked",
     "by_device_time",
     "choices",
+    "chooses_derivatives",
     "circumstances",
     "computed",
     "decide",
@@ -155,6 +156,13 @@ def circumstances() -> tuple[Any, ...]:
 def ordinary_on_cpu(tensor: Tensor) -> bool:
     """Whether a door may call ATen's own autograd at once: see `_checks.ordinary_on_cpu`. Not where ours is wanted."""
     return _switch != "ours" and _checks.ordinary_on_cpu(tensor)
+
+
+def chooses_derivatives(x: Tensor) -> bool:
+    """Whether derivatives of what is made of x will be chosen among ours and ATen's: then masks need no pass."""
+    eager = _checks.is_real(x) and not torch.compiler.is_compiling() and not _checks.transformed()
+    refused = _triton.why_no_dot(x.device, x.dtype)
+    return eager and torch.is_grad_enabled() and asked(x.device) and not refused
 
 
 def parameters(x: Tensor, weight: Tensor, bias: Tensor, whose: str = "x") -> tuple[Tensor, Tensor]:

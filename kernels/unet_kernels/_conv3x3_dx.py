@@ -210,7 +210,7 @@ def launch_conv3x3_dx(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: 
 
     In x's layout; with `mask` zero where x, then a ReLU's result, is.
     """
-    dx = _empty_dx(x, dz.dtype)
+    dx = _layout.empty_as(x, dz.dtype)
     if dx.numel() == 0:
         return dx
     N, C, H, W = dx.shape
@@ -228,11 +228,6 @@ def launch_conv3x3_dx(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: 
             MASK=mask, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     return dx
-
-
-def _empty_dx(x: Tensor, dtype: torch.dtype) -> Tensor:
-    layout = torch.channels_last if _layout.suggests_channels_last(x) else torch.contiguous_format
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
 
 
 def _launch(
@@ -329,8 +324,7 @@ def question(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> Q
 
 def _computed(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> Tensor:
     dx = _choosing.computed(question, _by_aten, (dz, weight.to(dz.dtype), x, mask, first))
-    layout = torch.channels_last if _layout.suggests_channels_last(x) else torch.contiguous_format
-    return dx.contiguous(memory_format=layout)
+    return dx.contiguous(memory_format=_layout.of(x))
 
 
 @torch.library.custom_op("unet::conv3x3_dx", mutates_args=())
@@ -340,7 +334,7 @@ def _op(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> Tensor
 
 @_op.register_fake
 def _(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> Tensor:
-    return _empty_dx(x, dz.dtype)
+    return _layout.empty_as(x, dz.dtype)
 
 
 def dx(dz: Tensor, weight: Tensor, x: Tensor, *, mask: bool = False, first: int = 0) -> Tensor:

@@ -28,7 +28,17 @@ from ._choosing import Question, Way
 from ._conv3x3_fwd import MOST_DIRECT_CHANNELS, Blocks
 from ._triton import jit, tl
 
-__all__ = ["CONV3X3", "DECONV2X2", "Filter", "blocks_for", "dweight", "launch_dweight", "ours", "question"]
+__all__ = [
+    "CONV3X3",
+    "DECONV2X2",
+    "Filter",
+    "blocks_for",
+    "dweight",
+    "launch_dweight",
+    "of_parameters",
+    "ours",
+    "question",
+]
 
 # float32 partial sums that a launch may hold at once
 MOST_PARTIAL_BYTES = 32 << 20
@@ -125,9 +135,9 @@ def _pointers_kernel(  # type: ignore[no-untyped-def]
         _store(acc8, out_rows, 2 * stride_os, inside)
     if BIAS:
         # [splits, BIASES, C_out]: of the groups that saw all of dz, the first; of others, each its own
-        if (block_k == 0) & (group < BIASES):
-            at = dbias_ptr + (tl.program_id(1).to(tl.int64) * BIASES + group) * C_out + co
-            tl.store(at, tl.sum(whole, axis=0).to(dbias_ptr.dtype.element_ty), mask=co < C_out)
+        mine = (co < C_out) & (block_k == 0) & (group < BIASES)
+        at = dbias_ptr + (tl.program_id(1).to(tl.int64) * BIASES + group) * C_out + co
+        tl.store(at, tl.sum(whole, axis=0).to(dbias_ptr.dtype.element_ty), mask=mine)
 
 
 @jit
@@ -211,7 +221,7 @@ class Filter:
         return self.rows * self.columns
 
 
-CONV3X3, DECONV2X2 = Filter(3, 3), Filter(2, 2, deconvolves=True)
+CONV3X3, DECONV2X2, CONV1X1 = Filter(3, 3), Filter(2, 2, deconvolves=True), Filter(1, 1)
 
 _pointers = functools.partial(Blocks, "pointers")
 
@@ -400,7 +410,8 @@ def _by_aten(
     else:
         _, of_x, dbias = _aten.convolution_backward(dz, x, narrow[:, :channels], [False, True, with_bias])
         of_skip = _aten.convolution_backward(dz, skip, narrow[:, channels:], [False, True, False])[1]
-        assert of_x is not None and of_skip is not None
+        assert of_x is not None
+        assert of_skip is not None
         dweight = torch.cat([of_x, of_skip], 1)
     assert dweight is not None
     return dweight.to(weight.dtype), (dz.new_empty(0) if dbias is None else dbias).to(weight.dtype)
@@ -409,7 +420,7 @@ def _by_aten(
 def question(
     dz: Tensor, weight: Tensor, with_bias: bool, x: Tensor, skip: Tensor | None, deconvolves: bool
 ) -> Question:
-    filter_ = DECONV2X2 if deconvolves else CONV3X3
+    filter_ = DECONV2X2 if deconvolves else CONV3X3 if weight.shape[2] == 3 else CONV1X1
 
     def ways() -> list[Way]:
         found = [Way("ATen", _by_aten, False)]
@@ -419,7 +430,7 @@ def question(
 
     def cut(arguments: tuple[Any, ...], lines: int) -> tuple[Any, ...]:
         dz, weight, with_bias, x, skip, deconvolves = arguments
-        of_x = lines // 2 if deconvolves else lines + 2
+        of_x = lines // 2 if deconvolves else lines + filter_.rows - 1
         return (
             dz[:, :, : 2 * of_x if deconvolves else lines],
             weight,
@@ -439,8 +450,10 @@ def question(
         *([] if _layout.suggests_channels_last(weight) else ["weight in other strides"]),
         *([] if with_bias else ["without bias"]),
     ]
-    op = "up_conv_dweight" if deconvolves else "conv3x3_dweight"
-    return Question(op, ", ".join(said), ways, _by_aten, cut, any_strides=True)
+    op = {DECONV2X2: "up_conv", CONV3X3: "conv3x3", CONV1X1: "conv1x1"}[filter_]
+    if deconvolves:
+        said.insert(0, "deconv")
+    return Question(f"{op}_dweight", ", ".join(said), ways, _by_aten, cut, any_strides=True)
 
 
 def _by_us(
@@ -491,3 +504,12 @@ def dweight(
     """
     found, of_bias = _checks.untraced(_op, _computed, dz, weight, with_bias, x, skip, deconvolves)
     return found, of_bias if with_bias else None
+
+
+def of_parameters(
+    dz: Tensor, weight: Tensor, x: Tensor, skip: Tensor | None, for_weight: bool, for_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """`dweight`, each of the two where it is needed."""
+    if for_weight:
+        return dweight(dz, weight, x, skip, with_bias=for_bias)
+    return None, dz.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if for_bias else None

@@ -14,11 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import _triton
 
 __all__ = [
+    "empty_as",
     "empty_channels_last",
     "empty_convolved",
     "is_matrix",
     "matrix_of_pixels",
     "matrix_of_weight",
+    "of",
     "pitch",
     "rows",
     "suggests_channels_last",
@@ -40,6 +42,16 @@ def suggests_channels_last(t: Tensor) -> bool:
             return False
         smallest = strides[axis] * max(shape[axis], 1)
     return True
+
+
+def of(t: Tensor) -> torch.memory_format:
+    """The dense memory format nearest to t's strides."""
+    return torch.channels_last if suggests_channels_last(t) else torch.contiguous_format
+
+
+def empty_as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty map of t's shape, dense in `of(t)`: what its gradient is written into."""
+    return torch.empty(t.shape, dtype=dtype, device=t.device, memory_format=of(t))
 
 
 def empty_channels_last(shape: Sequence[int], like: Tensor) -> Tensor:

@@ -161,15 +161,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if not _choosing.derives(dz, x, weight):
         return *_derivatives(dz, x, weight, [for_x, for_weight, for_bias], ctx.mask), *nothing
     dx = _conv3x3_dx.dx(dz, weight, x, mask=ctx.mask) if for_x else None
-    return dx, *_of_parameters(dz, weight, x, None, for_weight, for_bias), *nothing
-
-
-def _of_parameters(
-    dz: Tensor, weight: Tensor, x: Tensor, skip: Tensor | None, for_weight: bool, for_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    if for_weight:
-        return _dweight.dweight(dz, weight, x, skip, with_bias=for_bias)
-    return None, dz.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if for_bias else None
+    return dx, *_dweight.of_parameters(dz, weight, x, None, for_weight, for_bias), *nothing
 
 
 @_checks.outside_autocast
@@ -182,7 +174,7 @@ def _cat_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if _choosing.derives(dz, up, skip, weight):
         dup = _conv3x3_dx.dx(dz, weight, up) if for_up else None
         dwindow = _conv3x3_dx.dx(dz, weight, window, mask=ctx.mask, first=channels) if for_skip else None
-        dweight, dbias = _of_parameters(dz, weight, up, window, for_weight, for_bias)
+        dweight, dbias = _dweight.of_parameters(dz, weight, up, window, for_weight, for_bias)
     else:
         dup, dweight, dbias = _derivatives(dz, up, weight[:, :channels], [for_up, for_weight, for_bias], False)
         dwindow, of_skip, _ = _derivatives(dz, window, weight[:, channels:], [for_skip, for_weight, False], ctx.mask)
@@ -264,13 +256,11 @@ def conv3x3_relu(
     x, weight, bias = expect_convolvable(x, weight, bias, may_be_wide=True)
     if _checks.transformed():
         return reference.conv3x3_relu(x, weight, bias, relu)
-    if mask_dx or dy_masked:
-        return _op(x, weight, bias, bool(relu), mask_dx, dy_masked)
     call: Callable[..., Tensor] = _op
-    if _choosing.ordinary_on_cpu(x):
+    if _choosing.ordinary_on_cpu(x) and not (mask_dx or dy_masked):
         # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
         call = _OnCPU.apply if _conv3x3_cpu.has_a_better_derivative(x, weight) else _by_aten
-    return _with_relu(call, (x, weight, bias), bool(relu))
+    return _with_relu(call, (x, weight, bias), bool(relu), mask_dx, dy_masked)
 
 
 def conv3x3_relu_cat(
@@ -313,22 +303,23 @@ def conv3x3_relu_cat(
     _checks.expect_like("skip", skip, "up", up)
     if _checks.transformed():
         return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
-    if mask_dskip or dy_masked:
-        return _cat_op(up, skip, weight, bias, bool(relu), mask_dskip, dy_masked)
-    ordinary = _choosing.ordinary_on_cpu(up)
-    return _with_relu(_CatOnCPU.apply if ordinary else _cat_op, (up, skip, weight, bias), bool(relu))
+    ordinary = _choosing.ordinary_on_cpu(up) and not (mask_dskip or dy_masked)
+    call = _CatOnCPU.apply if ordinary else _cat_op
+    return _with_relu(call, (up, skip, weight, bias), bool(relu), mask_dskip, dy_masked)
 
 
-def _with_relu(call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: bool) -> Tensor:
-    """call(*tensors, relu); where a gradient is wanted, as two steps of autograd.
+def _with_relu(
+    call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: bool, mask: bool, dy_masked: bool
+) -> Tensor:
+    """call(*tensors, relu, mask, dy_masked); where a ReLU's derivative will be wanted, as two steps of autograd.
 
     A step holds its incoming gradient and all that it has saved until it returns. As a step of its own the ReLU lets
     go of y and of the unmasked gradient before the convolution makes the next ones: 42 MB at the peak of the paper's
     net, whose largest maps are these.
     """
-    if relu and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return call(*tensors, False, False, False).relu_()
-    return call(*tensors, relu, False, False)
+    if relu and not dy_masked and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return call(*tensors, False, mask, False).relu_()
+    return call(*tensors, relu, mask, dy_masked)
 
 
 def expect_convolvable(x: Tensor, weight: Tensor, bias: Tensor, may_be_wide: bool = False) -> tuple[Tensor, ...]:

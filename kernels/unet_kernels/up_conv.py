@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _aten, _checks, _choosing, _layout, _triton, reference
+from . import _aten, _checks, _choosing, _conv3x3_fwd, _dweight, _layout, _triton, reference
 from ._choosing import Question, Way
+from ._conv3x3_dx import masked
 from ._triton import jit, tl
 
-__all__ = ["launch_up_conv_fwd", "question", "up_conv"]
+__all__ = ["launch_up_conv_dx", "launch_up_conv_fwd", "question", "question_dx", "up_conv"]
 
 # the one with all four taps first: it alone sees the weight as it is, and so chooses ATen's memory format
 PHASES = ((1, 1), (1, 0), (0, 1), (0, 0))
@@ -100,6 +101,7 @@ def _dx_kernel(  # type: ignore[no-untyped-def]
     i = tl.program_id(0) // blocks_n * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
     ci = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     p = tl.minimum(i, pixels - 1)
+    # of the nine (four) products of a pixel: whether there is such a pixel of dy
     row, column = p // W % H, p % W
     n, h, w = (p // W // H).to(tl.int64), row.to(tl.int64), column.to(tl.int64)
     y_rows = dy_ptr + (n * stride_yn + 2 * h * stride_yh + 2 * w * stride_yw)[:, None]  # [BLOCK_P, 1]
@@ -205,8 +207,7 @@ def launch_up_conv_dx(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: s
     resize = mode == "resize"
     # what the repeated line and column were given is added to those that they repeat
     H, W = (H_x + 1, W_x + 1) if resize else (H_x, W_x)
-    layout = torch.channels_last if _layout.suggests_channels_last(x) else torch.contiguous_format
-    dx = torch.empty((N, C_in, H, W), dtype=dy.dtype, device=dy.device, memory_format=layout)
+    dx = torch.empty((N, C_in, H, W), dtype=dy.dtype, device=dy.device, memory_format=_layout.of(x))
     if dx.numel() == 0:
         return dx[:, :, :H_x, :W_x]
     taps, axes = (_summed_by_phase(weight), (0, 2, 1)) if resize else (_as_matrices(weight), (0, 1, 2))
@@ -222,7 +223,9 @@ def launch_up_conv_dx(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: s
             BLOCK_P=blocks.BLOCK_P, BLOCK_N=blocks.BLOCK_N, BLOCK_K=blocks.BLOCK_K,
             num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
-    return dx if not resize else _folded(dx)
+    if not resize:
+        return dx
+    return masked(_folded(dx), x) if mask else _folded(dx)
 
 
 def _as_matrices(weight: Tensor) -> Tensor:
@@ -258,10 +261,11 @@ def question(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Question:
 
 @torch.library.custom_op("unet::up_conv", mutates_args=())
 @_checks.outside_autocast
-def _op(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
+def _op(x: Tensor, weight: Tensor, bias: Tensor, mode: str, mask_dx: bool = False) -> Tensor:
     # without a choice, by phase: the doubled map is four times the one it is made of
     plain = reference.up_conv if mode == "deconv" else _by_phase
-    return _choosing.computed(question, _aten.through_float32(plain), (x, weight, bias, mode))
+    given = x, weight.to(x.dtype), bias.to(x.dtype), mode
+    return _choosing.computed(question, _aten.through_float32(plain), given)
 
 
 def _by_phase(x: Tensor, weight: Tensor, bias: Tensor, mode: str) -> Tensor:
@@ -296,24 +300,147 @@ def _summed(weight: Tensor, a: int, b: int) -> Tensor:
     return wide.sum(axes, keepdim=True).to(weight.dtype)
 
 
-# a fake whose body is the ATen composite gets the strides right
-_op.register_fake(_checks.outside_autocast(reference.up_conv))
+@_op.register_fake
+@_checks.outside_autocast
+def _(x: Tensor, weight: Tensor, bias: Tensor, mode: str, mask_dx: bool = False) -> Tensor:
+    # a fake whose body is the ATen composite gets the strides right
+    return reference.up_conv(x, weight.to(x.dtype), bias.to(x.dtype), mode)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, mode = inputs
+    x, weight, _, ctx.mode, ctx.mask = inputs
     ctx.save_for_backward(x, weight)
-    ctx.mode = mode
 
 
 @_checks.outside_autocast
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    if ctx.mode == "deconv":
-        return (*_aten.convolution_backward(dy, x, weight, needs, stride=2, transposed=True), None)
-    dx, dweight = _resize_backward(dy, x, weight, needs)
-    return dx, dweight, dy.sum((0, 2, 3)) if needs[2] else None, None
+    for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+    if not _choosing.derives(dy, x, weight):
+        return *_by_aten(dy, x, weight, [for_x, for_weight, for_bias], ctx.mask, ctx.mode), None, None
+    dx = _checks.untraced(_dx_op, _dx, dy, weight, x, ctx.mask, ctx.mode) if for_x else None
+    if for_weight and ctx.mode == "deconv":
+        return dx, *_dweight.dweight(dy, weight, x, with_bias=for_bias, deconvolves=True), None, None
+    dweight = _checks.untraced(_resize_dweight_op, _resize_dweight, dy, weight, x) if for_weight else None
+    dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype) if for_bias else None
+    return dx, dweight, dbias, None, None
+
+
+def _by_aten(
+    dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool], mask: bool, mode: str
+) -> tuple[Tensor | None, ...]:
+    """(dx, dweight, dbias), each where it is needed, the parameters' in their own dtype."""
+    narrow = weight.to(dy.dtype)
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    if mode == "deconv":
+        dx, dweight, dbias = _aten.convolution_backward(dy, x, narrow, needs, stride=2, transposed=True)
+    else:
+        dx, dweight = _resize_backward(dy, x, narrow, needs)
+        dbias = dy.sum((0, 2, 3)) if needs[2] else None
+    dx = masked(dx, x) if dx is not None and mask else dx
+    return dx, *(t if t is None else t.to(weight.dtype) for t in (dweight, dbias))
+
+
+# of the gradients, which way
+
+
+def _dx_by_aten(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: str) -> Tensor:
+    dx = _by_aten(dy, x, weight, [True, False, False], mask, mode)[0]
+    assert dx is not None
+    return dx
+
+
+def _dx_by_us(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: str, blocks: Blocks) -> Tensor:
+    return launch_up_conv_dx(dy, weight, x, mask, mode, blocks)
+
+
+def question_dx(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: str) -> Question:
+    def ways() -> list[Way]:
+        found = [Way("ATen", _dx_by_aten, False)]
+        for blocks in blocks_for(dy.dtype, _triton.precision(dy.dtype), dy.shape[1], x.shape[1]):
+            found.append(Way(str(blocks), functools.partial(_dx_by_us, blocks=blocks), True))
+        return found
+
+    def cut(arguments: tuple[Any, ...], lines: int) -> tuple[Any, ...]:
+        dy, weight, x, *rest = arguments
+        return (dy[:, :, : lines // 2 * 2], weight, x[:, :, : lines // 2], *rest)
+
+    case = f"{_gradients_case(dy, weight, x, mode)}{', masked' if mask else ''}"
+    return Question("up_conv_dx", case, ways, _dx_by_aten, cut, any_strides=True)
+
+
+def _gradients_case(dy: Tensor, weight: Tensor, x: Tensor, mode: str) -> str:
+    pixels = _choosing.octave(x.shape[0] * x.shape[2] * x.shape[3])
+    of_weight = "" if _layout.suggests_channels_last(weight) else ", weight in other strides"
+    laid_out = f"{_layout.words(dy, x)}{of_weight}"
+    return f"{mode}, {dy.shape[1]} -> {x.shape[1]}, {pixels}, {_choosing.arithmetic(dy.dtype)}, {laid_out}"
+
+
+def _dx(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: str) -> Tensor:
+    dx = _choosing.computed(question_dx, _dx_by_aten, (dy, weight.to(dy.dtype), x, mask, mode))
+    return dx.contiguous(memory_format=_layout.of(x))
+
+
+@torch.library.custom_op("unet::up_conv_dx", mutates_args=())
+def _dx_op(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: str) -> Tensor:
+    return _dx(dy, weight, x, mask, mode)
+
+
+@_dx_op.register_fake
+def _(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: str) -> Tensor:
+    return _layout.empty_as(x, dy.dtype)
+
+
+def _resize_dweight_by_aten(dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    dweight = _resize_backward(dy, x, weight.to(dy.dtype), [False, True])[1]
+    assert dweight is not None
+    return dweight.to(weight.dtype)
+
+
+def _resize_dweight_by_us(dy: Tensor, weight: Tensor, x: Tensor, blocks: _conv3x3_fwd.Blocks) -> Tensor:
+    """Phase by phase: each is a convolution of one, two or four taps; what a summed tap gets, every tap in it gets."""
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (0, 1, 0, 1), mode="replicate")
+    dweight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    for a, b in PHASES:
+        of_phase = torch.empty((*weight.shape[:2], 1 + a, 1 + b), dtype=torch.float32, device=x.device)
+        seen, taps = _seen(padded, a, b, height, width), _dweight.Filter(1 + a, 1 + b)
+        _dweight.launch_dweight(dy[:, :, a::2, b::2], seen, of_phase, False, blocks, taps)
+        dweight.add_(of_phase)
+    return torch.empty_like(weight).copy_(dweight)
+
+
+def question_resize_dweight(dy: Tensor, weight: Tensor, x: Tensor) -> Question:
+    def ways() -> list[Way]:
+        found = [Way("ATen", _resize_dweight_by_aten, False)]
+        for blocks in _dweight.ours(dy[:, :, ::2, ::2], x, _dweight.Filter(2, 2)):
+            found.append(Way(str(blocks), functools.partial(_resize_dweight_by_us, blocks=blocks), True))
+        return found
+
+    def cut(arguments: tuple[Any, ...], lines: int) -> tuple[Any, ...]:
+        dy, weight, x = arguments
+        return (dy[:, :, : lines // 2 * 2], weight, x[:, :, : lines // 2])
+
+    wide = ", in float32" if weight.dtype != dy.dtype else ""
+    case = f"{_gradients_case(dy, weight, x, 'resize')}{wide}"
+    return Question("up_conv_dweight", case, ways, _resize_dweight_by_aten, cut, any_strides=True)
+
+
+def _resize_dweight(dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    found = _choosing.computed(question_resize_dweight, _resize_dweight_by_aten, (dy, weight, x))
+    return found if found.stride() == weight.stride() else torch.empty_like(weight).copy_(found)
+
+
+@torch.library.custom_op("unet::up_conv_resize_dweight", mutates_args=())
+def _resize_dweight_op(dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    return _resize_dweight(dy, weight, x)
+
+
+@_resize_dweight_op.register_fake
+def _(dy: Tensor, weight: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(weight)
 
 
 # as a whole: its parts add up in float32
@@ -332,16 +459,21 @@ def _resize_backward(dy: Tensor, x: Tensor, weight: Tensor, needs: list[bool]) -
             dweight.add_(dtaps)
     if not needs[0]:
         return None, dweight if needs[1] else None
-    # the repeated edge gives back to the row (column) it repeats
+    return _folded(dpadded), dweight if needs[1] else None
+
+
+def _folded(dpadded: Tensor) -> Tensor:
+    """The gradient of a map of that of its padding: the repeated edge gives back to the row (column) it repeats."""
+    height, width = dpadded.shape[2] - 1, dpadded.shape[3] - 1
     dpadded[:, :, height - 1].add_(dpadded[:, :, height])
     dpadded[:, :, :, width - 1].add_(dpadded[:, :, :, width])
-    return dpadded[:, :, :height, :width], dweight if needs[1] else None
+    return dpadded[:, :, :height, :width]
 
 
 _op.register_autograd(_backward, setup_context=_setup)
 
 
-def up_conv(x: Tensor, weight: Tensor, bias: Tensor, *, mode: str) -> Tensor:
+def up_conv(x: Tensor, weight: Tensor, bias: Tensor, *, mode: str, mask_dx: bool = False) -> Tensor:
     """2x2 up-convolution.
 
     Args:
@@ -351,6 +483,7 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor, *, mode: str) -> Tensor:
         bias: [C_out], likewise.
         mode: "deconv" equals `conv_transpose2d(x, weight, bias, stride=2)`; "resize" equals
             `conv2d(pad(interpolate(x, scale_factor=2), (0, 1, 0, 1), "replicate"), weight, bias)`.
+        mask_dx: as of `conv3x3_relu`: a ReLU made x, and its mask is applied to x's gradient.
 
     Returns:
         [N, C_out, 2 H, 2 W], dtype of x, in the strides of those expressions. Differentiable in x, weight and bias.
@@ -375,11 +508,12 @@ def up_conv(x: Tensor, weight: Tensor, bias: Tensor, *, mode: str) -> Tensor:
     _checks.expect_size("bias", bias, (weight.shape[outputs],), "(one per output channel of weight)")
     if weight.numel() < 1:
         raise ValueError(f"weight must have at least one channel in and out, got {list(weight.shape)}")
-    x, weight, bias = _checks.autocast(x, weight, bias)
-    _checks.expect_like("weight", weight, "x", x)
-    _checks.expect_like("bias", bias, "x", x)
+    (x,) = _checks.autocast(x)
+    weight, bias = _choosing.parameters(x, weight, bias)
     if _checks.transformed():
         return reference.up_conv(x, weight, bias, mode)
+    if mask_dx:
+        return _op(x, weight, bias, mode, mask_dx)
     ordinary = _choosing.ordinary_on_cpu(x) and not _aten.is_narrow(x)
     # four products with sums of a weight that is larger than the map cost more than doubling the map
     if ordinary and (mode == "deconv" or x.numel() < weight.numel()):
