@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import unet_kernels
-from tests.proof.yardstick import assert_as_close_as
-from unet_fast import FastUNet
+from tests.proof.yardstick import assert_as_close_as, assert_same_bits
+from unet_fast import FastUNet, synthetic
 from unet_kernels import _triton
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -76,19 +76,164 @@ def test_a_whole_forward_runs_on_our_kernels(
     assert_as_close_as(_logits(net, x), got, _logits(net.double(), x.double()))
 
 
+FORWARD = [
+    *("conv3x3_relu", "conv3x3_relu", "max_pool2x2") * 2,
+    *("conv3x3_relu", "conv3x3_relu"),
+    *("up_conv", "conv3x3_relu_cat", "conv3x3_relu") * 2,
+    "conv1x1",
+]
+# the way up: of two maps two gradients; the way down: the image needs none
+BACKWARD = [
+    *("conv1x1_dx", "conv1x1_dweight"),
+    *("conv3x3_dx", "conv3x3_dweight", "conv3x3_dx", "conv3x3_dx", "conv3x3_dweight", "up_conv_dx", "up_conv_dweight")
+    * 2,
+    *("conv3x3_dx", "conv3x3_dweight", "conv3x3_dx", "conv3x3_dweight", "max_pool2x2_dx") * 2,
+    *("conv3x3_dx", "conv3x3_dweight", "conv3x3_dweight"),
+]
+
+
+def _gradients(net: FastUNet, x: Tensor, kernels: str) -> list[Tensor]:
+    net.zero_grad()
+    torch.manual_seed(3)
+    with unet_kernels.using(kernels):
+        logits = net(x)
+        (
+            logits * torch.linspace(-1, 1, logits.numel(), device=x.device).view(logits.shape).to(x.dtype)
+        ).sum().backward()
+    return [p.grad.clone() for p in net.parameters()]
+
+
 @pytest.mark.interpreter
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
-def test_gradients_follow_from_our_forward() -> None:
-    # the derivative is ATen's still: what it keeps is what ours gave
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dropout": 0.5},
+        pytest.param({"up_mode": "resize", "up_activation": True}, marks=pytest.mark.slow),
+        pytest.param({"recompute": "level", "dropout": 0.3}, marks=pytest.mark.slow),
+        pytest.param({"skips": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_whole_step_runs_on_our_kernels(settings: dict[str, Any]) -> None:
+    net, x = _net(torch.float32, **settings)
+    net.train()
+    with unet_kernels.recorded() as record, torch.profiler.profile() as profile:
+        ours = _gradients(net, x, "ours")
+    if not settings:
+        assert [op for op, _, _ in record] == FORWARD + BACKWARD
+    convolutions = {e.key for e in profile.key_averages() if "conv" in e.key and e.key.startswith("aten")}
+    assert not convolutions
+    pooling = {e.key for e in profile.key_averages() if "max_pool" in e.key and e.key.startswith("aten")}
+    assert not pooling
+    for got, want, p in zip(ours, _gradients(net, x, "automatic"), net.parameters(), strict=True):
+        assert float((got - want).norm()) <= 1e-5 * float(want.norm())
+        assert got.stride() == p.stride()
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
+def test_a_step_repeats_bit_for_bit() -> None:
+    net, x = _net(torch.float16)
+    for a, b in zip(_gradients(net, x, "ours"), _gradients(net, x, "ours"), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
+def test_of_a_frozen_layer_nothing_is_computed() -> None:
     net, x = _net(torch.float32)
-    with unet_kernels.using("ours"), unet_kernels.recorded() as record:
-        net(x).sum().backward()
-    ours = [p.grad.clone() for p in net.parameters()]
-    assert len(record) > len(LAYERS) - 2
+    everything = dict(zip(dict(net.named_parameters()), _gradients(net, x, "ours"), strict=True))
+    net.down.requires_grad_(False)
+    net.up[1].conv1.weight.requires_grad_(False)
     net.zero_grad()
-    net(x).sum().backward()
-    for got, p in zip(ours, net.parameters(), strict=True):
-        torch.testing.assert_close(got, p.grad, rtol=1e-3, atol=1e-3)
+    with unet_kernels.recorded() as record, unet_kernels.using("ours"):
+        logits = net(x)
+        (logits * torch.linspace(-1, 1, logits.numel()).view(logits.shape)).sum().backward()
+    gradients = [op for op, _, _ in record if op.endswith(("_dx", "_dweight"))]
+    # four convolutions on the way up, one of them with a filter that stays; no skip leads to a parameter
+    assert gradients.count("conv3x3_dweight") == 3
+    assert gradients.count("conv3x3_dx") == 4
+    assert (gradients.count("up_conv_dx"), gradients.count("up_conv_dweight")) == (1, 2)
+    assert "max_pool2x2_dx" not in gradients
+    for name, p in net.named_parameters():
+        assert (p.grad is None) == (not p.requires_grad)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, everything[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
+def test_who_looks_at_a_gradient_sees_it_unmasked() -> None:
+    net, x = _net(torch.float32)
+    seen: list[Tensor] = []
+
+    def look(kernels: str) -> list[Tensor]:
+        handle = net.down[0].conv2.register_full_backward_hook(lambda module, dx, dy: seen.append(dy[0].clone()))
+        gradients = _gradients(net, x, kernels)
+        handle.remove()
+        return gradients
+
+    for got, want in zip(look("ours"), look("automatic"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+    # where the ReLU let nothing through, a gradient arrives all the same
+    y = net.down[0](x)
+    assert (seen[0][y == 0] != 0).any()
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
+def test_under_autocast_gradients_are_never_rounded_to_sixteen_bits() -> None:
+    net, x = _net(torch.float32)
+
+    def step(kernels: str) -> list[Tensor]:
+        net.zero_grad()
+        with unet_kernels.using(kernels):
+            with torch.autocast("cpu", dtype=torch.float16):
+                logits = net(x)
+            logits.float().square().mean().backward()
+        return [p.grad.clone() for p in net.parameters() if p.dim() == 4]
+
+    def halves(gradients: list[Tensor]) -> float:
+        values = torch.cat([g[g != 0] for g in gradients])
+        return float((values == values.half().float()).float().mean())
+
+    assert halves(step("ours")) < 0.1
+    assert halves(step("automatic")) == 1.0
+    exact, _ = _net(torch.float64)
+    exact(x.double()).square().mean().backward()
+    for got, p in zip(step("ours"), (p for p in exact.parameters() if p.dim() == 4), strict=True):
+        assert float((got - p.grad).norm()) <= 0.1 * float(p.grad.norm())
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
+def test_sixty_steps_on_our_kernels_go_as_the_references_do() -> None:
+    images = [synthetic.cells(36, seed=step, radius_px=(4, 7)) for step in range(60)]
+
+    def trained(kernels: str) -> list[float]:
+        torch.manual_seed(7)
+        net = FastUNet(1, 2, (8, 16))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
+        losses = []
+        with unet_kernels.using(kernels):
+            for pixels, instances in images:
+                image = torch.from_numpy(pixels)[None, None].float() / 255
+                target = torch.from_numpy(instances > 0)[None, 8:-8, 8:-8].long()
+                loss = unet_kernels.weighted_cross_entropy(net(image), target)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        return losses
+
+    ours, reference = trained("ours"), trained("automatic")
+    assert sum(ours[-10:]) < 0.7 * sum(ours[:10]), "it learns nothing"
+    for got, want in zip(ours, reference, strict=True):
+        assert got == pytest.approx(want, rel=2e-3)
 
 
 def test_a_hook_sees_its_layer_whatever_else_would_be_faster() -> None:

@@ -14,7 +14,7 @@ from tests.proof.memory import LAYOUTS, awkward, guarded_launch
 from tests.proof.order import assert_order_does_not_matter
 from tests.proof.yardstick import assert_as_close_as, assert_gradient
 from unet_kernels import _triton
-from unet_kernels.conv1x1 import launch_conv1x1_fwd
+from unet_kernels.conv1x1 import launch_conv1x1_dx, launch_conv1x1_fwd
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -42,6 +42,36 @@ def test_equals_torch(case: str, layout: str, dtype: torch.dtype) -> None:
     got, want = uk.conv1x1(*tensors), F.conv2d(*tensors)
     assert_as_close_as(want, got, F.conv2d(*(t.double() for t in tensors)))
     assert got.stride() == want.stride()
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradients_by_our_kernels_are_as_near_as_torchs(
+    case: str, layout: str, mask: bool, dtype: torch.dtype
+) -> None:
+    if _triton.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 arithmetic is wrong")
+    x, weight, bias = _made(case, dtype, layout)
+    x = x.relu_()
+    dy = awkward(torch.randn(F.conv2d(x, weight).shape).to(dtype), layout)
+    got = guarded_launch(lambda *t: launch_conv1x1_dx(*t, mask), dy, weight, x)
+
+    def torchs(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, bias)]
+        dx, *others = torch.autograd.grad(F.conv2d(*leaves), leaves, dy.to(dtype))
+        return [torch.where(leaves[0] <= 0, 0, dx) if mask else dx, *others]
+
+    wanted, exact = torchs(dtype), torchs(torch.float64)
+    assert_gradient(wanted[0], got, exact[0])
+    with uk.using("ours"), uk.recorded() as record:
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        gradients = torch.autograd.grad(uk.conv1x1(*leaves, mask_dx=mask), leaves, dy)
+    assert [op for op, _, _ in record] == ["conv1x1", "conv1x1_dx", "conv1x1_dweight"]
+    for a, b, c in zip(wanted, gradients, exact, strict=True):
+        assert_gradient(a, b, c)
 
 
 @pytest.mark.parametrize("through_the_op", [False, True], ids=["door", "op"])

@@ -13,8 +13,8 @@ from tests.proof.memory import LAYOUTS, awkward, guarded_launch
 from tests.proof.order import assert_order_does_not_matter
 from tests.proof.properties import given, st
 from tests.proof.yardstick import assert_same_bits
-from unet_kernels import _checks, _triton, reference
-from unet_kernels.max_pool2x2 import launch_max_pool2x2_fwd
+from unet_kernels import _checks, _layout, _triton, reference
+from unet_kernels.max_pool2x2 import launch_max_pool2x2_dx, launch_max_pool2x2_fwd
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -141,3 +141,81 @@ def test_compiled_code_is_within_budget(channels: int) -> None:
 def test_bad_input_is_refused_in_a_sentence(x: Any, error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         uk.max_pool2x2(x)
+
+
+# the window and the maxima of one map
+
+
+def _both(x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    return reference.crop_to(x, rows, columns), F.max_pool2d(x, 2)
+
+
+def _dx(call: Any, x: Tensor, gradients: tuple[Tensor, Tensor]) -> Tensor:
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    (dx,) = torch.autograd.grad(call(x), x, gradients)
+    return dx
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("size", [(2, 9, 11), (1, 8, 6), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_one_pass_adds_up_what_window_and_maxima_hand_back(
+    dtype: torch.dtype, size: tuple[int, int, int], mask: bool, layout: str
+) -> None:
+    # whole numbers: half of all windows hold a tie
+    x = awkward(torch.randint(-2, 3, (size[0], 13, *size[1:])).relu().to(dtype), layout)
+    rows, columns = max(1, size[1] - 3), max(1, size[2] - 4)
+    gradients = tuple(awkward(torch.randn(t.shape).to(dtype), layout) for t in _both(x, rows, columns))
+    want = _dx(lambda t: _both(t, rows, columns), x, gradients)
+    want = torch.where(x <= 0, 0, want) if mask else want
+    dwindow, dpooled = gradients
+    got = guarded_launch(lambda a, b, c: launch_max_pool2x2_dx(a, b, c, mask), dpooled, x, dwindow)
+    torch.testing.assert_close(got, want, rtol=0, atol=torch.finfo(dtype).eps * 4)
+    alone = guarded_launch(lambda a, b: launch_max_pool2x2_dx(a, b, None, mask), dpooled, x)
+    want = _dx(lambda t: F.max_pool2d(t, 2), x, (dpooled,))
+    assert_same_bits(alone, torch.where(x <= 0, 0, want).contiguous(memory_format=_layout.of(x)) if mask else want)
+
+
+@pytest.mark.interpreter
+def test_the_gradient_of_a_maximum_goes_where_torchs_goes_with_nan_too() -> None:
+    x = torch.randint(0, 3, (1, 16, 12, 12)).float().contiguous(memory_format=torch.channels_last)
+    x[torch.rand(x.shape) < 0.1] = torch.nan
+    dpooled = torch.randn(1, 16, 6, 6)
+    got = launch_max_pool2x2_dx(dpooled, x, None, True)
+    want = _dx(lambda t: F.max_pool2d(t, 2), x, (dpooled,))
+    assert_same_bits(got, torch.where(x <= 0, 0, want).contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_window_and_pool_are_the_two_by_themselves(layout: str, mask: bool) -> None:
+    x = awkward(torch.randint(-2, 3, (2, 5, 9, 10)).relu().double(), layout)
+    want, got = _both(x, 5, 4), uk.window_and_pool(x, rows=5, columns=4)
+    for a, b in zip(want, got, strict=True):
+        assert_same_bits(a, b)
+    assert got[0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    gradients = tuple(torch.randn_like(t) for t in want)
+    expected = _dx(lambda t: _both(t, 5, 4), x, gradients)
+    expected = torch.where(x <= 0, 0, expected) if mask else expected
+    call = lambda t: uk.window_and_pool(t, rows=5, columns=4, mask_dx=mask)  # noqa: E731
+    torch.testing.assert_close(_dx(call, x, gradients), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("read", [0, 1], ids=["window", "maxima"])
+def test_what_nobody_reads_has_no_gradient(read: int) -> None:
+    x = torch.randn(1, 3, 6, 7, dtype=torch.float64)
+    pair = [f(x.clone().requires_grad_()) for f in (lambda t: t, lambda t: t)]
+    results = _both(pair[0], 3, 3), uk.window_and_pool(pair[1], rows=3, columns=3)
+    grads = [torch.autograd.grad(r[read].square().sum(), t)[0] for r, t in zip(results, pair, strict=True)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sentence"),
+    [(0, 2, "rows must be between 1 and those of x, 6, got 0"), (2, 8, "columns must be between 1 .* 7, got 8")],
+)
+def test_a_window_larger_than_the_map_is_refused(rows: int, columns: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        uk.window_and_pool(torch.zeros(1, 1, 6, 7), rows=rows, columns=columns)

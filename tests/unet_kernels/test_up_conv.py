@@ -13,7 +13,7 @@ from tests.proof.memory import LAYOUTS, awkward, guarded_launch
 from tests.proof.order import assert_order_does_not_matter
 from tests.proof.yardstick import assert_as_close_as, assert_gradient
 from unet_kernels import _triton
-from unet_kernels.up_conv import Blocks, blocks_for, launch_up_conv_fwd
+from unet_kernels.up_conv import Blocks, blocks_for, launch_up_conv_dx, launch_up_conv_fwd
 
 MODES = ("deconv", "resize")
 SHAPES = {"one pixel": (1, 2, 1, 1, 3), "odd": (2, 3, 5, 4, 4), "one row": (1, 5, 1, 6, 1), "prime": (1, 7, 3, 3, 11)}
@@ -171,6 +171,71 @@ def test_addresses_beyond_two_to_the_31(mode: str, axis: int, device: torch.devi
     weight, bias = torch.randn(*channels, 2, 2).half().to(device), torch.zeros(3).half().to(device)
     got = launch_up_conv_fwd(x, weight, bias, mode, SMALL)
     assert_as_close_as(_torchs(x, weight, bias, mode), got, _torchs(x.double(), weight.double(), bias.double(), mode))
+
+
+# its gradients
+
+
+def _masked_gradients(tensors: list[Tensor], dy: Tensor, mode: str, mask: bool) -> list[Tensor]:
+    dx, *others = _gradients(lambda *t: _torchs(*t, mode), tensors, dy)
+    return [torch.where(tensors[0] <= 0, 0, dx) if mask else dx, *others]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_gradients_by_our_kernels_are_as_near_as_torchs(
+    mode: str, shape: str, layout: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    if _triton.INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bfloat16 arithmetic is wrong")
+    tensors = _made(shape, mode, dtype, layout, device)
+    tensors[0].relu_()
+    dy = awkward(torch.randn(_torchs(*tensors, mode).shape, device=device).to(dtype), layout)
+    exact = _masked_gradients([t.double() for t in tensors], dy, mode, True)
+    wanted = _masked_gradients(tensors, dy, mode, True)
+    if mode == "deconv":
+        # what folds the edge back does it in place, in what torch made: there is nothing to guard
+        got = guarded_launch(
+            lambda dy, w, x: launch_up_conv_dx(dy, w, x, True, mode, SMALL), dy, tensors[1], tensors[0]
+        )
+        assert_gradient(wanted[0], got, exact[0])
+    with uk.using("ours"), uk.recorded() as record:
+        gradients = _gradients(lambda *t: uk.up_conv(*t, mode=mode, mask_dx=True), tensors, dy)
+    assert [op for op, _, _ in record] == ["up_conv", "up_conv_dx", "up_conv_dweight"]
+    for a, b, c in zip(wanted, gradients, exact, strict=True):
+        # of a few numbers a mean is no statistic
+        (assert_gradient if a.numel() > 4 else assert_as_close_as)(a, b, c)
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_nan_goes_where_torchs_goes_through_the_gradient(mode: str, device: torch.device) -> None:
+    tensors = _made("odd", mode, torch.float32, "channels_last", device)
+    tensors[0].relu_()
+    dy = torch.randn_like(_torchs(*tensors, mode))
+    # in the last line and column, which "resize" repeats; and a NaN in x lets its gradient through
+    dy[0, 1, 3, 5], dy[1, 0, 9, 7], tensors[0][0, 1, 0, 0] = torch.nan, torch.nan, torch.nan
+    wanted = _masked_gradients(tensors, dy, mode, True)
+    with uk.using("ours"):
+        got = _gradients(lambda *t: uk.up_conv(*t, mode=mode, mask_dx=True), tensors, dy)
+    for a, b in zip(wanted, got, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_a_map_of_several_blocks(mode: str, device: torch.device) -> None:
+    x, weight, bias = torch.randn(2, 40, 6, 7), torch.randn(40, 40, 2, 2) / 9, torch.randn(40)
+    tensors = [awkward(t.to(device), "channels_last") for t in (x, weight)] + [bias.to(device)]
+    dy = awkward(torch.randn(2, 40, 12, 14, device=device), "channels_last")
+    got = launch_up_conv_dx(dy, tensors[1], tensors[0], False, mode, SMALL)
+    exact = _masked_gradients([t.double() for t in tensors], dy, mode, False)
+    assert_gradient(_masked_gradients(tensors, dy, mode, False)[0], got, exact[0])
 
 
 @pytest.mark.parametrize("chip", [90, *(pytest.param(chip, marks=pytest.mark.slow) for chip in (80, 86, 89))])
