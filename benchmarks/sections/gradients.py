@@ -75,18 +75,16 @@ def _row(context: Context, dtype: torch.dtype, derivative: Derivative, tried: li
     ways = Ways.of(context, both.record, derivative.op, flops, named)
     tried += ways.rows
     return {
-        "gradient": derivative.name,
-        "op": derivative.op,
-        "masked": derivative.masked,
-        "dtype": short(dtype),
-        "gflop": flops / 1e9,
+        **named,
+        "gflop": flops / 1e9 if flops else None,
         "floor_us": floor_us,
         "predicted_us": predicted(context, dtype, predicted_derivative_us, derivative),
         **both.columns,
         "best kernel": ways.best,
         "best kernel_us": ways.best_us,
-        "ours_tflops": flops / ours.median_s / 1e12,
+        "ours_tflops": flops / ours.median_s / 1e12 if flops else None,
         "floor/ours": floor_us / ours.median_us,
         **both.errors,
+        "masked": None if derivative.of == "dweight" else derivative.masked,
         "how": ours.how,
     }
