@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.cases import DTYPES, PROVIDERS, SIZES, cases, timed
 from benchmarks.derivatives import PROVIDERS as BACKWARD_PROVIDERS
-from benchmarks.derivatives import derivatives, timed_derivative
+from benchmarks.derivatives import timed_derivative
 from benchmarks.harness import Roof, gpu_clock
 
 pytestmark = pytest.mark.benchmark(timer=gpu_clock, max_time=0.3, min_rounds=3)
@@ -47,5 +47,4 @@ GRADIENTS = [f"{of} of {layer}" for layer in LAYERS for of in ("dx", "dweight") 
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("provider", BACKWARD_PROVIDERS)
 def bench_conv3x3_relu_backward(benchmark: Any, gradient: str, provider: str, device: torch.device, roof: Roof) -> None:
-    [derivative] = [d for d in derivatives(*SIZES[device.type]) if d.name == gradient]
-    timed_derivative(benchmark, derivative, provider, DTYPES[device.type][0], device, roof)
+    timed_derivative(benchmark, gradient, provider, device, roof)

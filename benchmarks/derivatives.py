@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 import unet_kernels  # noqa: F401 (registers the ops)
-from benchmarks.cases import Call, Case, cases, group, inputs, rates, timed_beside
+from benchmarks.cases import DTYPES, Call, Case, cases, group, inputs, rates, timed_beside
 from benchmarks.harness import Roof, channels_last
-from benchmarks.levels import conv_bytes
+from benchmarks.levels import PAPER_FEATURES, conv_bytes
 
-__all__ = ["OF", "PROVIDERS", "Derivative", "derivatives", "derived", "given", "timed_derivative"]
+__all__ = ["OF", "PROVIDERS", "SIZES", "Derivative", "derivatives", "derived", "given", "timed_derivative"]
 
 OF = ("dx", "dweight", "pool")
 PROVIDERS = ("torch", "unet_kernels")
+# as of the forward; on a CPU a smaller tile, because each gradient is checked in float64 first
+SIZES = {"cuda": (572, PAPER_FEATURES), "cpu": (188, (16, 32, 64, 128, 256))}
 _OPS = {"conv3x3": "conv3x3", "up": "up_conv", "head": "conv1x1"}
 
 
@@ -138,10 +140,10 @@ def _of_window_and_maxima(dpooled: Tensor, dwindow: Tensor, x: Tensor) -> tuple[
     return by_torch, lambda: torch.ops.unet.max_pool2x2_dx(dpooled, x, dwindow, True)
 
 
-def timed_derivative(
-    benchmark: Any, derivative: Derivative, provider: str, dtype: torch.dtype, device: torch.device, roof: Roof
-) -> None:
+def timed_derivative(benchmark: Any, name: str, provider: str, device: torch.device, roof: Roof) -> None:
     """A gradient by one provider under pytest-benchmark, after it was found as near to the exact one as torch's is."""
+    [derivative] = [each for each in derivatives(*SIZES[device.type]) if each.name == name]
+    dtype = DTYPES[device.type][0]
     tensors = given(derivative, dtype, device)
     by_torch, by_us = derived(derivative, tensors)
     exact = derived(derivative, [t.double() for t in tensors])[0]
