@@ -1,7 +1,8 @@
-"""Is a 3x3 convolution with bias and ReLU faster by our op than in plain torch, where the net has it?
+"""Is a 3x3 convolution with bias and ReLU faster by our op than in plain torch, where the net has it? Its gradients?
 
-Without gradients, channels_last: plain, over up and a window of the skip (which torch joins first), and with a window
-and the maxima handed on. On CUDA a graph's replay is timed, by the way that takes the device the least time.
+channels_last, forward: plain, over up and a window of the skip (which torch joins first), and with a window and the
+maxima handed on; backward: dx, masked where a ReLU made x, and dweight with the bias's. On CUDA a graph's replay is
+timed, by the way that takes the device the least time.
 """
 
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from benchmarks.cases import DTYPES, PROVIDERS, SIZES, cases, timed
+from benchmarks.derivatives import PROVIDERS as BACKWARD_PROVIDERS
+from benchmarks.derivatives import timed_derivative
 from benchmarks.harness import Roof, gpu_clock
 
 pytestmark = pytest.mark.benchmark(timer=gpu_clock, max_time=0.3, min_rounds=3)
@@ -35,3 +38,13 @@ LAYERS = (
 def bench_conv3x3_relu(benchmark: Any, layer: str, provider: str, device: torch.device, roof: Roof) -> None:
     [case] = [case for case in cases(*SIZES[device.type]) if case.layer.name == layer]
     timed(benchmark, case, provider, DTYPES[device.type][0], device, roof)
+
+
+# the image has no gradient
+GRADIENTS = [f"{of} of {layer}" for layer in LAYERS for of in ("dx", "dweight") if (of, layer) != ("dx", LAYERS[0])]
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("provider", BACKWARD_PROVIDERS)
+def bench_conv3x3_relu_backward(benchmark: Any, gradient: str, provider: str, device: torch.device, roof: Roof) -> None:
+    timed_derivative(benchmark, gradient, provider, device, roof)

@@ -1,6 +1,7 @@
-"""Is the 2x2 maximum faster by our op than by torch's pool, level by level?
+"""Is the 2x2 maximum faster by our op than by torch's pool, level by level? The gradient of a level?
 
 torch's keeps an int64 index for every maximum, whoever wants it. Nothing but bytes moves: the ceiling is a copy's rate.
+Backward: what the maxima and the window beside them hand back, added and masked; by torch three passes.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from torch import Tensor
 
 import unet_kernels
 from benchmarks.cases import DTYPES, SIZES, cases
+from benchmarks.derivatives import PROVIDERS as BACKWARD_PROVIDERS
+from benchmarks.derivatives import timed_derivative
 from benchmarks.harness import Roof, channels_last, expect_same, gpu_clock, peak_bytes, replayable
 
 pytestmark = pytest.mark.benchmark(timer=gpu_clock, max_time=0.3, min_rounds=3)
@@ -39,3 +42,9 @@ def bench_max_pool2x2(benchmark: Any, level: int, provider: str, device: torch.d
     if benchmark.stats:  # none under --benchmark-disable
         moved_bytes = 5 * x.numel() // 4 * dtype.itemsize
         benchmark.extra_info["share_of_copy_roof"] = moved_bytes / benchmark.stats.stats.median / 1e9 / roof.copy_gbps()
+
+
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("provider", BACKWARD_PROVIDERS)
+def bench_max_pool2x2_backward(benchmark: Any, level: int, provider: str, device: torch.device, roof: Roof) -> None:
+    timed_derivative(benchmark, f"pool of level{level}.contracting.conv2", provider, device, roof)

@@ -1,6 +1,7 @@
-"""Is the 2x2 up-convolution faster by our op than ATen's transposed convolution, level by level?
+"""Is the 2x2 up-convolution faster by our op than ATen's transposed convolution, level by level? Its gradients?
 
-On CUDA a graph's replay is timed, by the way that takes the device the least time.
+Backward: dx, masked by the ReLU that made x, and dweight with the bias's. On CUDA a graph's replay is timed, by
+the way that takes the device the least time.
 """
 
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks.cases import DTYPES, PROVIDERS, SIZES, cases, timed
+from benchmarks.derivatives import PROVIDERS as BACKWARD_PROVIDERS
+from benchmarks.derivatives import timed_derivative
 from benchmarks.harness import Roof, gpu_clock
 
 pytestmark = pytest.mark.benchmark(timer=gpu_clock, max_time=0.3, min_rounds=3)
@@ -27,3 +30,12 @@ def bench_up_conv(benchmark: Any, level: int, provider: str, device: torch.devic
     name = f"level{level}.expanding.up"
     [case] = [case for case in cases(*SIZES[device.type]) if case.layer.name == name]
     timed(benchmark, case, provider, DTYPES[device.type][0], device, roof)
+
+
+@pytest.mark.parametrize("of", ["dx", "dweight"])
+@pytest.mark.parametrize("level", range(4))
+@pytest.mark.parametrize("provider", BACKWARD_PROVIDERS)
+def bench_up_conv_backward(
+    benchmark: Any, level: int, of: str, provider: str, device: torch.device, roof: Roof
+) -> None:
+    timed_derivative(benchmark, f"{of} of level{level}.expanding.up", provider, device, roof)

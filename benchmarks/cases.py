@@ -17,7 +17,21 @@ from benchmarks.harness import Roof, channels_last, expect_as_close, peak_bytes,
 from benchmarks.levels import PAPER_FEATURES, Concat, Layer, concats, layers
 from unet_fast import geometry
 
-__all__ = ["DTYPES", "PROVIDERS", "SIZES", "Case", "calls", "cases", "inputs", "results", "timed"]
+__all__ = [
+    "DTYPES",
+    "PROVIDERS",
+    "SIZES",
+    "Call",
+    "Case",
+    "calls",
+    "cases",
+    "group",
+    "inputs",
+    "rates",
+    "results",
+    "timed",
+    "timed_beside",
+]
 
 # tile and features of the pytest benchmarks: on a CPU what a laptop bears
 SIZES = {"cuda": (572, PAPER_FEATURES), "cpu": (316, (16, 32, 64, 128, 256))}
@@ -126,26 +140,38 @@ def timed(benchmark: Any, case: Case, provider: str, dtype: torch.dtype, device:
     """A layer by one provider under pytest-benchmark, after it was found as near to the exact result as torch is."""
     maps, weight, bias = inputs(case, dtype, device)
     _, by_torch, by_us = calls(case, maps, weight, bias)
-    given: dict[str, Callable[[], Call]] = {
+    made: dict[str, Callable[[], Call]] = {
         "torch": lambda: by_torch,
         # not before it is asked for: a compiler takes seconds to load
         "torch.compile": lambda: torch.compile(by_torch, dynamic=False),
         "unet_kernels": lambda: by_us,
     }
-    name, layer = str(dtype).removeprefix("torch."), case.layer
-    with torch.no_grad(), unet_kernels.by_device_time():
-        work = given[provider]()
-        exact = calls(case, [m.double() for m in maps], weight.double(), bias.double())[1]()
-        for ours, theirs, true in zip(results(work()), results(by_torch()), results(exact), strict=True):
-            expect_as_close(ours, theirs, true, f"{provider}, {layer.name} {name}")
-        benchmark.group = (
-            f"{layer.name} {name}, {layer.c_in} -> {layer.c_out} channels, {layer.size_in} -> {layer.size_out}"
-        )
+    exact = calls(case, [m.double() for m in maps], weight.double(), bias.double())[1]
+    layer = case.layer
+    benchmark.group = group(layer.name, layer, dtype)
+    timed_beside(benchmark, made[provider](), by_torch, exact, f"{provider}, {benchmark.group}", device)
+    benchmark.extra_info["lane"] = ": ".join(unet_kernels.lane(case.op, device, dtype))
+    rates(benchmark, layer.flops, layer.min_bytes(dtype.itemsize), dtype, roof)
+
+
+def group(name: str, layer: Layer, dtype: torch.dtype) -> str:
+    """What is timed side by side."""
+    channels, pixels = f"{layer.c_in} -> {layer.c_out} channels", f"{layer.size_in} -> {layer.size_out}"
+    return f"{name} {str(dtype).removeprefix('torch.')}, {channels}, {pixels}"
+
+
+@torch.no_grad()
+def timed_beside(benchmark: Any, work: Call, by_torch: Call, exact: Call, what: str, device: torch.device) -> None:
+    """`work` under pytest-benchmark, on CUDA as a graph's replay, after the gate; and the most memory it holds."""
+    with unet_kernels.by_device_time():
+        for ours, theirs, true in zip(results(work()), results(by_torch()), results(exact()), strict=True):
+            expect_as_close(ours, theirs, true, what)
         benchmark(replayable(work, device))
         benchmark.extra_info["peak_allocated_bytes"] = peak_bytes(work, device).allocated_bytes
-    info = benchmark.extra_info
-    info["lane"] = ": ".join(unet_kernels.lane(case.op, device, dtype))
+
+
+def rates(benchmark: Any, flops: int, moved_bytes: int, dtype: torch.dtype, roof: Roof) -> None:
     if benchmark.stats:  # none under --benchmark-disable
         seconds = benchmark.stats.stats.median
-        info["tflops"] = layer.flops / seconds / 1e12
-        info["share_of_floor"] = roof.floor_s(layer.flops, layer.min_bytes(dtype.itemsize), dtype) / seconds
+        benchmark.extra_info["tflops"] = flops / seconds / 1e12
+        benchmark.extra_info["share_of_floor"] = roof.floor_s(flops, moved_bytes, dtype) / seconds

@@ -21,6 +21,8 @@ SECONDS = 120.0
 # what runs on the device; the rest of the tests never leaves the CPU, nor does ahead-of-time compilation: both are CI's
 LANE = (
     *("tests/unet_kernels", "tests/proof", "tests/unet_fast/test_model_on_device.py"),
+    # forward and backward of a small whole net, ours only
+    "tests/benchmarks/test_gradients_of_a_net.py",
     *("-k", "not compiled_code and not spill and not instruction and not inductor and not native and not homotopic"),
 )
 # a look at whether the kernels' tests start; the interpreter's whole lane is CI's own step
