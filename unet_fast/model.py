@@ -49,13 +49,13 @@ class Conv3x3(nn.Conv2d):
         _restart(self.weight, self.bias, 9 * self.in_channels)
 
     def forward(self, x: Tensor, skip: Tensor | None = None, *, masks: bool = False, masked: bool = False) -> Tensor:
-        """With `masks` it masks the gradient of x (of skip, where there is one); `masked`, its own comes masked."""
+        """With `masks` it masks the gradient of x, where there is no skip; `masked`, its own comes masked."""
         if self.padding != (0, 0):
             return F.relu(super().forward(x if skip is None else torch.cat([x, skip], 1)))
         given = self.weight, self.bias
         if skip is None:
             return unet_kernels.conv3x3_relu(x, *given, mask_dx=masks, dy_masked=masked)
-        return unet_kernels.conv3x3_relu_cat(x, skip, *given, mask_dskip=masks, dy_masked=masked)
+        return unet_kernels.conv3x3_relu_cat(x, skip, *given, dy_masked=masked)
 
     def pooled(self, x: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor] | None:
         """(the centred [rows, columns] window of forward(x), its 2x2 maxima) in one pass; None where two are faster."""
@@ -171,11 +171,11 @@ class Up(nn.Module):
         skip: Tensor,
         *,
         inner: bool = False,
-        masks: tuple[bool, bool] = (False, False),
+        masks: bool = False,
         masked: bool = False,
     ) -> Tensor:
-        """`inner`, `masked`: as of `Down`; `masks`: whether the gradients of x and of skip are handed back masked."""
-        x = self.up(x, masks=masks[0])
+        """`inner`, `masked`: as of `Down`; with `masks` the gradient of x is handed back masked."""
+        x = self.up(x, masks=masks)
         if self.activation:
             x = F.relu(x)
         if self.conv1.padding == (0, 0):
@@ -184,7 +184,7 @@ class Up(nn.Module):
         elif x.shape[2:] != skip.shape[2:]:
             # an odd level lost its last row (column) to the pool: repeat the edge, invent no zeros
             x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]), mode="replicate")
-        x = self.conv1(x, skip, masks=masks[1], masked=inner) if self.skips else self.conv1(x, masked=inner)
+        x = self.conv1(x, skip, masked=inner) if self.skips else self.conv1(x, masked=inner)
         return self.conv2(x, masks=inner, masked=masked)
 
 
@@ -341,10 +341,9 @@ class FastUNet(nn.Module):
             if not masks:
                 x = self._step(self.up[level], x, skip[:])
                 continue
-            # what the bottom and the skips are made of may have been dropped, and is no ReLU's result then
-            dropped = level + 1 == self.depth and self._drops(level + 1), self._drops(level)
-            of_x, of_skip = (outer and not each for each in dropped)
-            x = self._step(self.up[level], x, skip, inner=True, masks=(of_x, of_skip), masked=outer)
+            # what the bottom hands on may have been dropped, and is no ReLU's result then
+            of_x = outer and not (level + 1 == self.depth and self._drops(level + 1))
+            x = self._step(self.up[level], x, skip, inner=True, masks=of_x, masked=outer)
         return self.head(x, masks=True) if outer and (self.depth or not self._drops(0)) else self.head(x)
 
     def _masks(self, x: Tensor) -> bool:

@@ -280,6 +280,8 @@ def blocks_for(
     if C_in <= MOST_DIRECT_CHANNELS and filter_ == CONV3X3:
         BLOCK_P, warps = (32, 8) if dtype == torch.float32 else (128, 4)
         found.insert(0, Blocks("direct", BLOCK_P, min(64, wide_out), _power_of_two(9 * C_in + 1), warps, 2))
+    # of what narrow channels make the same but for its stages, the first
+    found = list({replace(blocks, stages=0): blocks for blocks in reversed(found)}.values())[::-1]
     found = [s for blocks in found for s in _split(blocks, filter_, C_in, C_out, pixels, processors)]
     return list(dict.fromkeys(found))
 
@@ -290,16 +292,22 @@ def _power_of_two(n: int) -> int:
 
 
 def _split(blocks: Blocks, filter_: Filter, C_in: int, C_out: int, pixels: int, processors: int) -> Iterator[Blocks]:
-    """`blocks` with as many strips as keep the chip busy, twice as many, and with one."""
+    """`blocks` with as many strips as fill the chip evenly, with one and with two programs a multiprocessor."""
     in_filter = -(-C_out // blocks.BLOCK_N)
     if blocks.kernel != "direct":
         in_filter *= -(-C_in // blocks.BLOCK_K) * filter_.taps // blocks.taps
     # each with enough steps to be worth its start; partial sums within bounds
     steps = -(-pixels // blocks.BLOCK_P)
-    most = min(steps // 8, MOST_PARTIAL_BYTES // (4 * C_out * C_in * filter_.taps))
-    for a_processor in (2, 4):
-        splits = max(1, min(most, round(a_processor * processors / in_filter)))
-        yield replace(blocks, splits=splits)
+    most = max(1, min(steps // 8, MOST_PARTIAL_BYTES // (4 * C_out * C_in * filter_.taps)))
+    for places in (processors, 2 * processors):
+
+        def busy(splits: int, places: int = places) -> float:
+            programs = in_filter * splits
+            return programs / (-(-programs // places) * places)
+
+        # the last program of a wave is waited for by all; more strips than need be are more sums to add up
+        tried = {min(most, max(1, waves * places // in_filter)) for waves in (1, 2, 3, 4)}
+        yield replace(blocks, splits=min(tried, key=lambda splits: (-round(busy(splits), 1), splits)))
 
 
 def ours(dz: Tensor, x: Tensor, filter_: Filter = CONV3X3) -> list[Blocks]:

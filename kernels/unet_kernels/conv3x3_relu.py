@@ -94,50 +94,39 @@ def _as_wide_as(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
 
 @torch.library.custom_op("unet::conv3x3_relu", mutates_args=())
 @_checks.outside_autocast
-def _op(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, mask_dx: bool = False, dy_masked: bool = False) -> Tensor:
+def _op(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, dy_masked: bool = False, mask_dx: bool = False) -> Tensor:
     return _choosing.computed(question, _plain, (x, *_as_wide_as(x, weight, bias), relu))
 
 
 @_op.register_fake
 @_checks.outside_autocast
-def _(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, mask_dx: bool = False, dy_masked: bool = False) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, dy_masked: bool = False, mask_dx: bool = False) -> Tensor:
     # a fake whose body is the ATen composite gets the strides right
     return reference.conv3x3_relu(x, *_as_wide_as(x, weight, bias), relu)
 
 
 @torch.library.custom_op("unet::conv3x3_relu_cat", mutates_args=())
 @_checks.outside_autocast
-def _cat_op(
-    up: Tensor,
-    skip: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    relu: bool,
-    mask_dskip: bool = False,
-    dy_masked: bool = False,
-) -> Tensor:
+def _cat_op(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool, dy_masked: bool = False) -> Tensor:
     return _choosing.computed(question_cat, _plain_cat, (up, skip, *_as_wide_as(up, weight, bias), relu))
 
 
 @_cat_op.register_fake
 @_checks.outside_autocast
-def _(
-    up: Tensor,
-    skip: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    relu: bool,
-    mask_dskip: bool = False,
-    dy_masked: bool = False,
-) -> Tensor:
+def _(up: Tensor, skip: Tensor, weight: Tensor, bias: Tensor, relu: bool, dy_masked: bool = False) -> Tensor:
     return reference.conv3x3_relu_cat(up, skip, *_as_wide_as(up, weight, bias), relu)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, weight, _, relu, ctx.mask, dy_masked = inputs
+    *given, ctx.mask = inputs
+    _cat_setup(ctx, tuple(given), output)
+
+
+def _cat_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *maps, weight, _, relu, dy_masked = inputs
     # whoever has masked dy has seen y
     ctx.relu = relu and not dy_masked
-    ctx.save_for_backward(*tensors, weight, *([output] if ctx.relu else []))
+    ctx.save_for_backward(*maps, weight, *([output] if ctx.relu else []))
 
 
 def _dz(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
@@ -168,23 +157,23 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _cat_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     up, skip, weight, *y = ctx.saved_tensors
     for_up, for_skip, for_weight, for_bias = ctx.needs_input_grad[:4]
-    dz, channels, nothing = _dz(ctx, dy, y), up.shape[1], (None, None, None)
+    dz, channels, nothing = _dz(ctx, dy, y), up.shape[1], (None, None)
     # one map after the other: neither the concatenation nor its gradient is ever made
     window = reference.crop_to(skip, up.shape[2], up.shape[3])
     if _choosing.derives(dz, up, skip, weight):
         dup = _conv3x3_dx.dx(dz, weight, up) if for_up else None
-        dwindow = _conv3x3_dx.dx(dz, weight, window, mask=ctx.mask, first=channels) if for_skip else None
+        dwindow = _conv3x3_dx.dx(dz, weight, window, first=channels) if for_skip else None
         dweight, dbias = _dweight.of_parameters(dz, weight, up, window, for_weight, for_bias)
     else:
         dup, dweight, dbias = _derivatives(dz, up, weight[:, :channels], [for_up, for_weight, for_bias], False)
-        dwindow, of_skip, _ = _derivatives(dz, window, weight[:, channels:], [for_skip, for_weight, False], ctx.mask)
+        dwindow, of_skip, _ = _derivatives(dz, window, weight[:, channels:], [for_skip, for_weight, False], False)
         dweight = torch.cat([dweight, of_skip], 1) if for_weight else None
     dskip = reference.uncrop(dwindow, skip.shape) if dwindow is not None else None
     return dup, dskip, dweight, dbias, *nothing
 
 
 _op.register_autograd(_backward, setup_context=_setup)
-_cat_op.register_autograd(_cat_backward, setup_context=_setup)
+_cat_op.register_autograd(_cat_backward, setup_context=_cat_setup)
 
 
 class _OnCPU(torch.autograd.Function):
@@ -212,7 +201,7 @@ class _CatOnCPU(torch.autograd.Function):
     @_checks.outside_autocast
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         y = _plain_cat(*inputs[:5])
-        _setup(ctx, inputs, y)
+        _cat_setup(ctx, inputs, y)
         return y
 
     backward = staticmethod(_cat_backward)
@@ -260,7 +249,7 @@ def conv3x3_relu(
     if _choosing.ordinary_on_cpu(x) and not (mask_dx or dy_masked):
         # ATen's own autograd keeps the same three tensors; ours is for the layers where its weight gradient is slow
         call = _OnCPU.apply if _conv3x3_cpu.has_a_better_derivative(x, weight) else _by_aten
-    return _with_relu(call, (x, weight, bias), bool(relu), mask_dx, dy_masked)
+    return _with_relu(call, (x, weight, bias), bool(relu), dy_masked, mask_dx)
 
 
 def conv3x3_relu_cat(
@@ -270,7 +259,6 @@ def conv3x3_relu_cat(
     bias: Tensor,
     *,
     relu: bool = True,
-    mask_dskip: bool = False,
     dy_masked: bool = False,
 ) -> Tensor:
     """`conv3x3_relu(crop_concat(up, skip), weight, bias)`, the concatenation never kept.
@@ -282,7 +270,6 @@ def conv3x3_relu_cat(
         weight: [C_out, C_up + C_skip, 3, 3]; the first C_up input channels belong to up.
         bias: [C_out].
         relu: False leaves the ReLU out.
-        mask_dskip: as `mask_dx` of `conv3x3_relu`, for skip; up is nothing's ReLU.
         dy_masked: as of `conv3x3_relu`.
 
     Returns:
@@ -303,23 +290,23 @@ def conv3x3_relu_cat(
     _checks.expect_like("skip", skip, "up", up)
     if _checks.transformed():
         return reference.conv3x3_relu_cat(up, skip, weight, bias, relu)
-    ordinary = _choosing.ordinary_on_cpu(up) and not (mask_dskip or dy_masked)
+    ordinary = _choosing.ordinary_on_cpu(up) and not dy_masked
     call = _CatOnCPU.apply if ordinary else _cat_op
-    return _with_relu(call, (up, skip, weight, bias), bool(relu), mask_dskip, dy_masked)
+    return _with_relu(call, (up, skip, weight, bias), bool(relu), dy_masked)
 
 
 def _with_relu(
-    call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: bool, mask: bool, dy_masked: bool
+    call: Callable[..., Tensor], tensors: tuple[Tensor, ...], relu: bool, dy_masked: bool, *how: bool
 ) -> Tensor:
-    """call(*tensors, relu, mask, dy_masked); where a ReLU's derivative will be wanted, as two steps of autograd.
+    """call(*tensors, relu, dy_masked, *how); where a ReLU's derivative will be wanted, as two steps of autograd.
 
     A step holds its incoming gradient and all that it has saved until it returns. As a step of its own the ReLU lets
     go of y and of the unmasked gradient before the convolution makes the next ones: 42 MB at the peak of the paper's
     net, whose largest maps are these.
     """
     if relu and not dy_masked and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return call(*tensors, False, mask, False).relu_()
-    return call(*tensors, relu, mask, dy_masked)
+        return call(*tensors, False, False, *how).relu_()
+    return call(*tensors, relu, dy_masked, *how)
 
 
 def expect_convolvable(x: Tensor, weight: Tensor, bias: Tensor, may_be_wide: bool = False) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 """With ours only, a whole FastUNet runs on our kernels: every layer once, no convolution of ATen's, the same logits."""
 
+import functools
+import importlib
 from typing import Any
 
 import pytest
@@ -9,7 +11,10 @@ from torch import Tensor
 import unet_kernels
 from tests.proof.yardstick import assert_as_close_as, assert_same_bits
 from unet_fast import FastUNet, synthetic
-from unet_kernels import _triton
+from unet_kernels import _conv3x3_fwd, _dweight, _triton
+from unet_kernels._conv3x3_fwd import Blocks
+
+_up_conv = importlib.import_module("unet_kernels.up_conv")
 
 pytestmark = pytest.mark.usefixtures("on_device")
 
@@ -202,18 +207,20 @@ def test_under_autocast_gradients_are_never_rounded_to_sixteen_bits() -> None:
 
     assert halves(step("ours")) < 0.1
     assert halves(step("automatic")) == 1.0
-    exact, _ = _net(torch.float64)
-    exact(x.double()).square().mean().backward()
-    for got, p in zip(step("ours"), (p for p in exact.parameters() if p.dim() == 4), strict=True):
-        assert float((got - p.grad).norm()) <= 0.1 * float(p.grad.norm())
+    # the same gradients: where a ReLU's 16-bit result rounds to zero, both lose it
+    for got, want in zip(step("ours"), step("automatic"), strict=True):
+        assert float((got - want).norm()) <= 0.1 * float(want.norm())
 
 
 @pytest.mark.interpreter
 @pytest.mark.slow
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
 def test_sixty_steps_on_our_kernels_go_as_the_references_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the interpreter multiplies exactly whatever it is told; large blocks cost it the least
-    monkeypatch.setattr(_triton, "precision", lambda *_, **__: "tf32")
+    # large blocks cost the interpreter the least
+    large = functools.partial(Blocks, "pointers", 1024, 16, 16, 4, 2)
+    monkeypatch.setattr(_conv3x3_fwd, "blocks_for", lambda *_: [large()])
+    monkeypatch.setattr(_dweight, "blocks_for", lambda *a: [large(taps=9 if a[3] == _dweight.CONV3X3 else 1)])
+    monkeypatch.setattr(_up_conv, "blocks_for", lambda *_: [_up_conv.Blocks(1024, 16, 16, 4, 2)])
     images = [synthetic.cells(32, seed=step, radius_px=(4, 7)) for step in range(60)]
 
     def trained(kernels: str) -> list[float]:
