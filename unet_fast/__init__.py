@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .loss import BorderWeightedCrossEntropy
     from .model import FastUNet
     from .normalisation import Normalisation
-    from .replay import Replayed
+    from .replay import Replayed, ReplayedStep
     from .storage import load, save
     from .tiling import plan_tiles
     from .training import train
@@ -28,6 +28,7 @@ __all__ = [
     "FastUNet",
     "Normalisation",
     "Replayed",
+    "ReplayedStep",
     "SameSize",
     "TrainConfig",
     "__version__",
@@ -51,6 +52,7 @@ _HOMES = {
     "FastUNet": "model",
     "Normalisation": "normalisation",
     "Replayed": "replay",
+    "ReplayedStep": "replay",
     "SameSize": "compat",
     "TrainConfig": "config",
     "class_balance": "data",

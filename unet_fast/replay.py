@@ -1,7 +1,7 @@
-"""A net's forward as one CUDA graph: some thirty launches become one, and what a host spends on each is spent once.
+"""A net's forward, or a whole training step, as one CUDA graph: what a host spends on each launch is spent once.
 
-On a fast GPU a forward of the paper's net is over before its launches are made one by one. A graph holds for one shape
-of input, and keeps the memory of one forward as long as it lives.
+On a fast GPU a forward of the paper's net is over before its thirty launches are made one by one, and a step before its
+two hundred. A graph holds for one shape of input, and keeps the memory of one forward, or step, as long as it lives.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import unet_kernels
 from .measuring import give_back, is_out_of_memory
 from .model import FastUNet
 
-__all__ = ["Replayed"]
+__all__ = ["Replayed", "ReplayedStep"]
 
 
 class Replayed:
@@ -112,18 +112,174 @@ def _key(x: Tensor) -> tuple[Any, ...]:
 
 def _only_called(net: nn.Module) -> bool:
     """Whether a graph would do something else than a call: dropout, hooks, another dtype."""
-    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
-    return net.training or hooked or torch.is_autocast_enabled("cuda")
+    return net.training or _hooked(net) or torch.is_autocast_enabled("cuda")
 
 
-def captured(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:
-    """(where the result of `work` lies, what computes it anew)."""
+class ReplayedStep:
+    """Forward, loss, backward and update of a net, from some step on replayed as a CUDA graph; elsewhere called.
+
+    Tiles of one shape are captured, the first that was seen `after` times; others are called, and so is a net with
+    hooks. Replayed or called, the same kernels run: before a graph is used, its step is made both ways from the same
+    weights, and a graph whose weights differ in one bit is not used. For that the rates of the optimizer become tensors
+    on the GPU, which schedulers know how to fill; after a replay `p.grad` are the graph's own.
+
+    Args:
+        net: the net that is trained; its parameters stay where they are in memory.
+        optimizer: of its parameters; torch.optim.SGD, or one that is `capturable`.
+        loss: takes logits and what else a step is called with; returns a number.
+        dtype: of the maps, under torch.autocast; None for that of the parameters.
+        after: steps of one shape before it is captured.
+
+    Attributes:
+        refused: why there is no graph and will be none, or "".
+
+    >>> net = FastUNet(features=(4, 8))
+    >>> step = ReplayedStep(net, torch.optim.SGD(net.parameters(), lr=0.1), torch.nn.functional.cross_entropy)
+    >>> step(torch.zeros(1, 1, 36, 36), torch.zeros(1, 20, 20, dtype=torch.long)).dim()
+    0
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Callable[..., Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        after: int = 3,
+    ) -> None:
+        self.net, self.optimizer, self.loss, self.dtype, self.after = net, optimizer, loss, dtype, after
+        self.refused = ""
+        self._seen: dict[tuple[Any, ...], int] = {}
+        self._key: tuple[Any, ...] = ()
+        self._inputs: list[Tensor] = []
+        self._rates: list[Tensor] = []
+        self._replay: Callable[[], Any] | None = None
+        self._value = torch.empty(0)
+
+    def __call__(self, image: Tensor, *targets: Tensor) -> Tensor:
+        """Make one step; returns the loss before it, which is the caller's own."""
+        given = [image, *targets]
+        if image.device.type != "cuda" or self.refused or _hooked(self.net):
+            return self._step(given)
+        key = self._key_of(given)
+        if self._replay is None:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            if self._seen[key] > self.after:
+                return self._captured(given, key)
+            return self._step(given)
+        if key != self._key:
+            return self._step(given)
+        for lies, comes in zip(self._inputs, given, strict=True):
+            lies.copy_(comes)
+        self._hold_rates()
+        self._replay()
+        return self._value.clone()
+
+    def _step(self, given: list[Tensor]) -> Tensor:
+        kind = given[0].device.type
+        self.optimizer.zero_grad(set_to_none=True)
+        # in this thread, so that gradients too are by what takes the device the least time
+        with unet_kernels.by_device_time(), torch.autograd.set_multithreading_enabled(False):
+            # a cast that is remembered from one step would be the weight of another
+            with torch.autocast(kind, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+                logits = self.net(given[0])
+            value = self.loss(logits, *given[1:])
+            value.backward()
+        self.optimizer.step()
+        return value.detach()
+
+    def _captured(self, given: list[Tensor], key: tuple[Any, ...]) -> Tensor:
+        """The step that is captured, made once: by the graph if it is as good, else as it was called."""
+        device = given[0].device
+        self._inputs = [t.clone() for t in given]
+        self._make_rates()
+        before = self._state()
+        called: dict[str, Any] = {}
+
+        def rehearsal() -> None:
+            called["value"] = self._step(self._inputs).clone()
+            called["state"] = self._state()
+            self._restore(before)
+            self.optimizer.zero_grad(set_to_none=True)
+
+        why = ""
+        try:
+            self._value, replay = captured(lambda: self._step(self._inputs), device, rehearsal)
+            replay()
+            same = torch.equal(self._value.nan_to_num(), called["value"].nan_to_num())
+            if not (same and _equal(self._state(), called["state"])):
+                why = "the graph's bits are not the step's"
+            self._replay, self._key = replay, key
+        except RuntimeError as error:
+            if "state" not in called:
+                raise
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # not in the except clause: the error holds on to what was made
+        if why:
+            self.refused, self._replay, self._value = why, None, called["value"]
+            self.optimizer.zero_grad(set_to_none=True)
+            self._restore(called["state"])
+            give_back()
+        return self._value.clone()
+
+    def _key_of(self, given: list[Tensor]) -> tuple[Any, ...]:
+        groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
+        places = tuple(p.data_ptr() for p in self.net.parameters())
+        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in given)
+        return shapes, places, self.net.training, str(groups), *unet_kernels.circumstances()
+
+    def _make_rates(self) -> None:
+        made = [(group["lr"], group["params"][0].device) for group in self.optimizer.param_groups]
+        self._rates = [torch.as_tensor(rate, dtype=torch.float32, device=device) for rate, device in made]
+        self._hold_rates()
+
+    def _hold_rates(self) -> None:
+        """What a caller has put in the place of a rate is written into it: a graph knows the tensor."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if group["lr"] is not rate:
+                rate.fill_(group["lr"])
+                group["lr"] = rate
+
+    def _tensors(self) -> list[Tensor]:
+        of_optimizer = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        return [*self.net.parameters(), *of_optimizer]
+
+    def _state(self) -> list[Tensor]:
+        """Copies on the host of all that a step changes: there may be no room for them beside the net."""
+        copies = [t.detach().to("cpu", copy=True) for t in self._tensors()]
+        return [*copies, torch.cuda.get_rng_state()] if torch.cuda.is_available() else copies
+
+    @torch.no_grad()
+    def _restore(self, state: list[Tensor]) -> None:
+        tensors = self._tensors()
+        for t, copy in zip(tensors, state, strict=False):
+            t.copy_(copy)
+        if len(state) > len(tensors):
+            torch.cuda.set_rng_state(state[-1])
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(s.nan_to_num(), t.nan_to_num()) if s.is_floating_point() else torch.equal(s, t)
+        for s, t in zip(a, b, strict=True)
+    )
+
+
+def _hooked(net: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
+
+
+def captured(
+    work: Callable[[], Tensor], device: torch.device, rehearsal: Callable[[], Any] | None = None
+) -> tuple[Tensor, Callable[[], Any]]:
+    """(where the result of `work` lies, what computes it anew); the rehearsal, or the work, is done once before."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # libraries allocate their workspace at a stream's first use, which a capture would forbid
-            work()
+            (rehearsal or work)()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         # the graph takes memory of its own: what the calls took goes back first

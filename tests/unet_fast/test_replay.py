@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import unet_kernels
-from unet_fast import FastUNet, Replayed, replay
+from unet_fast import FastUNet, Replayed, ReplayedStep, replay
 from unet_kernels import _choosing
 
 
@@ -46,8 +46,16 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A number for each capture: how often it was replayed."""
     replays: list[int] = []
 
-    def captured(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, Callable[[], Any]]:
-        result, number = work(), len(replays)
+    def captured(
+        work: Callable[[], Tensor], device: torch.device, rehearsal: Callable[[], Any] | None = None
+    ) -> tuple[Tensor, Callable[[], Any]]:
+        number = len(replays)
+        if rehearsal is None:
+            result = work()
+        else:
+            # a capture computes nothing
+            rehearsal()
+            result = torch.empty(())
         replays.append(0)
 
         def again() -> None:
@@ -207,3 +215,104 @@ def test_prediction_goes_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
     predict(net, np.random.default_rng(0).random((90, 70), np.float32), tile_in=52)
     assert len(calls) > 4
     assert set(calls) == {(1, 1, 52, 52)}
+
+
+# a training step
+
+
+class _Trained(FastUNet):
+    def __init__(self) -> None:
+        super().__init__(features=(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert _choosing._here.by_device_time, "called by other kernels than replayed"
+        return super().forward(x.as_subclass(Tensor))
+
+
+def _loss(logits: Tensor, target: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, target.as_subclass(Tensor))
+
+
+def _trained(steps: int, *, replayed: bool, momentum: float = 0.9, rates: tuple[float, ...] = ()) -> list[Tensor]:
+    """The losses and then the weights of a net after these steps, in tiles that say they lie on a GPU or do not."""
+    torch.manual_seed(5)
+    net = _Trained()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=momentum)
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
+    step = ReplayedStep(net, optimizer, _loss, after=2)
+    losses = []
+    for number in range(steps):
+        image, target = torch.rand(1, 1, 36, 36), torch.randint(0, 2, (1, 20, 20))
+        if replayed:
+            image, target = image.as_subclass(_OnGpu), target.as_subclass(_OnGpu)
+        if number < len(rates):
+            optimizer.param_groups[0]["lr"] = rates[number]
+        losses.append(step(image, target))
+        if not rates:
+            warm.step()
+    assert not step.refused
+    return [*losses, *(p.detach().clone() for p in net.parameters())]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("rates", [(), (0.1, 0.1, 0.1, 0.1, 0.3, 0.02)], ids=["scheduled", "set"])
+def test_a_replayed_step_gives_the_bits_of_a_called_one(
+    rates: tuple[float, ...], momentum: float, captures: list[int]
+) -> None:
+    called = _trained(6, replayed=False, momentum=momentum, rates=rates)
+    assert captures == []
+    replayed = _trained(6, replayed=True, momentum=momentum, rates=rates)
+    # the third step is the one that was captured
+    assert captures == [4]
+    for a, b in zip(called, replayed, strict=True):
+        # a rate that is a tensor is rounded to float32
+        torch.testing.assert_close(a, b.as_subclass(Tensor), rtol=1e-6, atol=1e-7)
+
+
+def test_a_graph_that_does_something_else_is_not_used_and_the_step_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(work: Callable[[], Tensor], device: Any, rehearsal: Callable[[], Any]) -> Any:
+        rehearsal()
+        return torch.empty(()), lambda: None
+
+    monkeypatch.setattr(replay, "captured", captured)
+    torch.manual_seed(5)
+    net, same = _Trained(), _Trained()
+    same.load_state_dict(net.state_dict())
+    image, target = torch.rand(1, 1, 36, 36), torch.randint(0, 2, (1, 20, 20))
+    steps = [ReplayedStep(n, torch.optim.SGD(n.parameters(), lr=0.125), _loss, after=0) for n in (net, same)]
+    loss = steps[0](image.as_subclass(_OnGpu), target.as_subclass(_OnGpu))
+    assert steps[0].refused == "the graph's bits are not the step's"
+    assert torch.equal(loss.as_subclass(Tensor), steps[1](image, target))
+    for a, b in zip(net.parameters(), same.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_capture_that_fails_leaves_the_step_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def captured(work: Callable[[], Tensor], device: Any, rehearsal: Callable[[], Any]) -> Any:
+        rehearsal()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(replay, "captured", captured)
+    net = _Trained()
+    before = [p.detach().clone() for p in net.parameters()]
+    step = ReplayedStep(net, torch.optim.SGD(net.parameters(), lr=0.125), _loss, after=0)
+    image, target = torch.rand(1, 1, 36, 36).as_subclass(_OnGpu), torch.randint(0, 2, (1, 20, 20)).as_subclass(_OnGpu)
+    step(image, target)
+    assert step.refused == "operation not permitted when stream is capturing"
+    assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("how", ["hook", "shape"])
+def test_a_step_that_a_graph_would_not_repeat_is_called(how: str, captures: list[int]) -> None:
+    net = _Trained()
+    step = ReplayedStep(net, torch.optim.SGD(net.parameters(), lr=0.1), _loss, after=0)
+
+    def made(side: int) -> None:
+        image, target = torch.rand(1, 1, side, side), torch.randint(0, 2, (1, side - 16, side - 16))
+        step(image.as_subclass(_OnGpu), target.as_subclass(_OnGpu))
+
+    made(36)
+    if how == "hook":
+        net.head.register_forward_hook(lambda *_: None)
+    made(44 if how == "shape" else 36)
+    assert captures == [1]
