@@ -86,19 +86,8 @@ ANY_SIZE: dict[str, Any] = {
 
 @pytest.mark.slow
 @given(**ANY_SIZE)
-@few
-def test_images_of_any_size_in_any_tiles_are_as_in_one_piece(**case: Any) -> None:
-    any_size(**case)
-
-
-@pytest.mark.slow
-@given(**ANY_SIZE)
 @many
-def test_more_images_of_any_size_in_any_tiles_are_as_in_one_piece(**case: Any) -> None:
-    any_size(**case)
-
-
-def any_size(
+def test_images_of_any_size_in_any_tiles_are_as_in_one_piece(
     height: int, width: int, depth: int, channels: int, classes: int, up_mode: str, padding: str,
     cuts: tuple[int, int], batch: int,
 ) -> None:  # fmt: skip
@@ -142,7 +131,7 @@ def test_stacks_in_batches_across_slices_are_as_slice_by_slice(
 def test_narrow_dtypes_err_no_more_in_tiles_than_in_one_piece(dtype: torch.dtype, up_mode: str, padding: str) -> None:
     for depth in (1, 3):
         model = tiny(depth, 2, 2, width=4, up_mode=up_mode, padding=padding).to(dtype)
-        image = torch.from_numpy(picture(2, 50, 40)).to(dtype).double().numpy()
+        image = torch.from_numpy(picture(2, 34, 27)).to(dtype).double().numpy()
         torchs = torch.from_numpy(one_piece(model, image)).to(dtype)
         exact = torch.from_numpy(one_piece(tiny_like(model).double(), image))
         for steps, batch in ((1, 4), (3, 1)):
@@ -695,7 +684,8 @@ def anonymous(process: int) -> int:
     ("features", "side", "budget", "tta"),
     [
         ((4, 8, 16), 3000, "200MB", "none"),
-        ((16, 32, 64, 64), 3000, "200MB", "none"),
+        # its first maps in one piece: 256 MB each
+        ((16, 32, 64, 64), 2000, "200MB", "none"),
         ((16, 32, 64), 700, "100MB", "d4"),
         ((16, 32, 64), 700, "100MB", "rot7"),
     ],
