@@ -9,7 +9,7 @@ RUN    := .venv/bin/python
 STAMP  := .venv/installed
 LINUX  := $(filter Linux,$(shell uname -s))
 
-.PHONY: demo test check lint bench native soak
+.PHONY: demo test check lint bench native native-strict native-sanitized soak
 
 $(STAMP): pyproject.toml CMakeLists.txt kernels/native/CMakeLists.txt $(wildcard kernels/native/src/* kernels/native/include/*)
 	test -x $(RUN) || $(PYTHON) -m venv .venv
@@ -53,10 +53,14 @@ soak: $(STAMP)
 
 # the native libraries with warnings as errors, and their own tests; CUDA where there is an nvcc; then the C++ once more,
 # watched by the address and undefined-behaviour sanitizers
-native:
+native: native-strict native-sanitized
+
+native-strict:
 	cmake -S . -B build/native -DCMAKE_BUILD_TYPE=Release -DUNET_STRICT=ON
 	cmake --build build/native --parallel 2
 	ctest --test-dir build/native --output-on-failure
+
+native-sanitized:
 	cmake -S . -B build/native-sanitized -DCMAKE_BUILD_TYPE=RelWithDebInfo -DUNET_STRICT=ON -DUNET_SANITIZE=ON -DUNET_CUDA=OFF
 	cmake --build build/native-sanitized --parallel 2
 	ctest --test-dir build/native-sanitized --output-on-failure

@@ -44,8 +44,13 @@ def net(device: torch.device, padding: str = "valid") -> FastUNet:
 
 
 @pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    blurred = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(SIDE, SIDE)), 3)
+def side(untimed: bool) -> int:
+    return SIDE // 4 if untimed else SIDE
+
+
+@pytest.fixture(scope="session")
+def image(side: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    blurred = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(side, side)), 3)
     grey = 60000 * (blurred - blurred.min()) / (blurred.max() - blurred.min())
     path = tmp_path_factory.mktemp("predict") / "image.tif"
     tifffile.imwrite(path, grey.astype(np.uint16), tile=(256, 256), compression="zlib")
@@ -111,12 +116,12 @@ PROVIDERS = ("bare forward", "predict_files", "predict, in memory", "MONAI, a pa
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def bench_predict(benchmark: Any, provider: str, image: Path, device: torch.device) -> None:
+def bench_predict(benchmark: Any, provider: str, image: Path, side: int, device: torch.device) -> None:
     work = work_of(provider, image, device)
-    benchmark.group = f"{SIDE} x {SIDE}, features {FEATURES[device.type]}"
+    benchmark.group = f"{side} x {side}, features {FEATURES[device.type]}"
     benchmark(work)
     if benchmark.stats:  # none under --benchmark-disable
-        benchmark.extra_info["mpixel_per_s"] = SIDE**2 / 1e6 / benchmark.stats.stats.median
+        benchmark.extra_info["mpixel_per_s"] = side**2 / 1e6 / benchmark.stats.stats.median
 
 
 @pytest.mark.parametrize("other", ["bare forward", "MONAI, a padded net"])

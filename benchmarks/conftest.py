@@ -30,6 +30,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(kind)
 
 
+def nothing_is_timed(config: pytest.Config) -> bool:
+    """Whether it is only seen that benchmarks run, on a CPU: there small sizes say as much as large ones."""
+    return config.getoption("--benchmark-disable", False) and config.getoption("--device") == "cpu"
+
+
+@pytest.fixture(scope="session")
+def untimed(request: pytest.FixtureRequest) -> bool:
+    return nothing_is_timed(request.config)
+
+
 @pytest.fixture(scope="session")
 def clock() -> Callable[[], float]:
     return gpu_clock

@@ -34,29 +34,44 @@ def _nuclei(folder: Path) -> None:
 
 DATA = {"isbi2012": _membranes, "dsb2018": _nuclei}
 
+# what the verbs of an example do is done in its own process: each in a new one imports for longer than it works
+VERBS_HERE = """
+import runpy, subprocess, sys
+
+from typer.testing import CliRunner
+
+from unet_fast.cli import app
+
+
+def verb(command, *, check, stdout, text):
+    assert command[:3] == [sys.executable, "-m", "unet_fast"] and check and stdout == subprocess.PIPE and text
+    done = CliRunner().invoke(app, command[3:])
+    assert done.exit_code == 0, done.output
+    return subprocess.CompletedProcess(command, 0, done.stdout, done.stderr)
+
+
+subprocess.run = verb
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
 def test_the_example_runs(example: Path, tmp_path: Path) -> None:
-    arguments = []
+    command = [sys.executable, str(example)]
     if example.stem in DATA:
         (tmp_path / "data").mkdir()
         DATA[example.stem](tmp_path / "data")
-        arguments = ["data", "out", "--quick"]
-    done = subprocess.run(
-        [sys.executable, str(example), *arguments], capture_output=True, text=True, cwd=tmp_path, timeout=240
-    )
+        command = [sys.executable, "-c", VERBS_HERE, str(example), "data", "out", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout
-    if arguments:
+    if example.stem in DATA:
         assert (tmp_path / "out" / f"{example.stem}.png").stat().st_size > 10_000
         assert json.loads((tmp_path / "out" / "scores.json").read_text())
-
-
-@pytest.mark.slow
-def test_the_ordinary_loop_learns(tmp_path: Path) -> None:
-    [example] = [e for e in EXAMPLES if e.stem == "ordinary_loop"]
-    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    found = re.search(r"IoU on new images (\d\.\d+)", done.stdout)
-    assert found is not None
-    assert float(found[1]) > 0.75
+    if example.stem == "ordinary_loop":
+        # it learns
+        found = re.search(r"IoU on new images (\d\.\d+)", done.stdout)
+        assert found is not None
+        assert float(found[1]) > 0.75

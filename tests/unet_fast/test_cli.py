@@ -7,6 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from unet_fast.cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,13 +72,15 @@ def test_doctor_tells_a_reader_what_runs_where() -> None:
 
 
 def test_doctor_tells_what_each_layer_would_run_on_a_chip_that_is_not_here() -> None:
-    done = _run("doctor", "--layers", "--features", "16,32", "--tile", "60", "--chip", "sm_90", "--json")
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(
+        app, ["doctor", "--layers", "--features", "16,32", "--chip", "sm_90", "--tile", "60", "--json"]
+    )
+    assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)
     assert [row["layer"] for row in found["layers"]][:2] == ["down.0.conv1", "down.0.conv2"]
     assert found["device"] == "sm_90"
-    done = _run("doctor", "--layers", "--features", "16,32", "--tile", "61", "--chip", "sm_90")
-    assert done.returncode == 3
+    done = CliRunner().invoke(app, ["doctor", "--layers", "--features", "16,32", "--chip", "sm_90", "--tile", "61"])
+    assert done.exit_code == 3
     assert "tile 61 cannot be pooled" in done.stderr
 
 

@@ -244,7 +244,7 @@ def test_a_power_cut_at_any_call_costs_no_more_than_what_was_not_on_the_disk(kin
     old = None if kind == "zarr" else OLD
     lines = _calls(ran, "pwrite64", work.journal)
     first = 0 if kind == "labels" else _calls(ran, "pwrite64", work.journal.with_name("tiles"))[-1]
-    for n, call in list(enumerate(ran.trace, 1))[first:]:
+    for n, call in list(enumerate(ran.trace, 1))[first :: STRIDE if kind == "zarr" else 1]:
         work.afresh(old)
         where = f"call {n}, {call}"
         copies = durable_now(work.out.parent, work.folder / "durable")
@@ -427,7 +427,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing_that_was_finished(kind: s
     old = None if kind == "zarr" else OLD
     grows = ("write", "pwrite", "fsync", "ftruncate", "posix_fallocate", "rename")
     for n, call in enumerate(ran.trace, 1):
-        if not call.startswith(grows) or (kind != "labels" and n <= computed):
+        if not call.startswith(grows) or (kind != "labels" and n <= computed) or (kind != "float16" and n % STRIDE):
             continue
         work.afresh(old)
         full = work.run(at=n, how="full")

@@ -2,7 +2,7 @@
 
 import doctest
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -15,7 +15,8 @@ from unet_fast.memory import estimate, largest_tile
 WIDTHS = {"paper": (64, 128, 256, 512, 1024), "half": (32, 64, 128, 256, 512)}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
-LARGE = [pytest.param(tile, marks=pytest.mark.slow) for tile in (236, 380, 476, 1084, 2588)]
+# left to the slow lane
+LARGE = (236, 380, 476, 1084, 2588)
 
 
 def meta(**settings: Any) -> FastUNet:
@@ -23,10 +24,19 @@ def meta(**settings: Any) -> FastUNet:
         return FastUNet(**settings)
 
 
-@DTYPES
-@pytest.mark.parametrize("recompute", ["none", "level"])
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("tile_in", [188, 572, *LARGE])
+def _steps() -> list[Any]:
+    """Tile, width, recomputation and dtype: each pair of any two, the dtype in turns, which is half of all."""
+    steps = []
+    for i, j, k in product(range(2 + len(LARGE)), range(2), range(2)):
+        tile_in, width, recompute = (188, 572, *LARGE)[i], list(WIDTHS)[j], ("none", "level")[k]
+        dtype = (torch.float32, torch.bfloat16)[(i + j + k) % 2]
+        marks = pytest.mark.slow if tile_in in LARGE else ()
+        name = f"{tile_in}-{width}-{recompute}-{dtype}"
+        steps.append(pytest.param(tile_in, width, recompute, dtype, marks=marks, id=name))
+    return steps
+
+
+@pytest.mark.parametrize(("tile_in", "width", "recompute", "dtype"), _steps())
 def test_a_training_step_takes_what_was_predicted(tile_in: int, width: str, recompute: str, dtype: torch.dtype) -> None:
     settings = {"features": WIDTHS[width], "recompute": recompute}
     real = dynamic_peak(lambda: FastUNet(**settings), tile_in, dtype)

@@ -75,6 +75,12 @@ def finished(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(autouse=True)
+def blank_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's picture takes longer than these runs; `finished` has a real one, `test_figures` looks at it."""
+    monkeypatch.setattr(training, "draw_curves", lambda path, logs: path.write_bytes(b"a picture"))
+
+
 # ---- what lies there
 
 
@@ -89,6 +95,7 @@ def test_a_run_leaves_its_settings_its_log_its_best_model_and_two_states(drawn: 
         MODEL,
         "run.json",
     ]
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     settings = TrainConfig.read(finished / "config.toml")
     # a net of one pooling covers 64 pixels with 80
     assert settings == config(drawn, finished, tile=80, classes=2, precision="float32")

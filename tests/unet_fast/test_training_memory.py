@@ -767,19 +767,34 @@ WATCHED: dict[str, list[str]] = {
 }
 
 
-@pytest.mark.skipif(not held("self"), reason="needs /proc with RssAnon, which Linux has")
-@pytest.mark.parametrize("case", WATCHED)
-def test_no_process_of_a_run_takes_more_than_its_budget(case: str, tmp_path: Path) -> None:
-    memory = "150MB"
-    place, run = write_cells(tmp_path / "data", 512, 3), tmp_path / "run"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def held_idle() -> int:
+    """Anonymous bytes of a process that has imported what a run needs, and does nothing."""
     program = "import unet_fast.training; print(flush=True); input()"
     piped: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", program], env=environment, **piped) as idle:
+    with subprocess.Popen([sys.executable, "-c", program], env=ONE_THREAD, **piped) as idle:
         assert idle.stdout is not None
         idle.stdout.readline()
         before = held(idle.pid)
         idle.communicate(b"\n")
+    return before
+
+
+@pytest.fixture(scope="module")
+def large_cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_cells(tmp_path_factory.mktemp("large") / "data", 512, 3)
+
+
+@pytest.mark.skipif(not held("self"), reason="needs /proc with RssAnon, which Linux has")
+@pytest.mark.parametrize("case", WATCHED)
+def test_no_process_of_a_run_takes_more_than_its_budget(
+    case: str, held_idle: int, large_cells: Path, tmp_path: Path
+) -> None:
+    memory, before = "150MB", held_idle
+    place, run = large_cells, tmp_path / "run"
     words = [
         "train", "-i", str(place / "images"), "--labels", str(place / "labels"), "-o", str(run), "--label-kind",
         "instance", "--features", "8,16,32", "--steps", "6", "--validation", "0.3", "--device", "cpu", "--memory",
@@ -787,7 +802,7 @@ def test_no_process_of_a_run_takes_more_than_its_budget(case: str, tmp_path: Pat
     ]  # fmt: skip
     peaks: dict[int, int] = {}
     with (tmp_path / "said").open("wb") as said:
-        child = subprocess.Popen([sys.executable, "-m", "unet_fast", *words], stderr=said, env=environment)
+        child = subprocess.Popen([sys.executable, "-m", "unet_fast", *words], stderr=said, env=ONE_THREAD)
         while child.poll() is None:
             for pid in family(child.pid):
                 peaks[pid] = max(peaks.get(pid, 0), held(pid))

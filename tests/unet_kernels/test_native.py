@@ -1,6 +1,7 @@
 """The native libraries: found where they are, refused when they are not ours, and their absence said in a sentence."""
 
 import ctypes
+import fcntl
 import multiprocessing
 import os
 import platform
@@ -33,17 +34,25 @@ def forget_what_was_loaded() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, no_compiler: str) -> Path:
+def built(no_compiler: str) -> Path:
     """A folder with libunet_native, compiled here; CUDA is the business of `make native`."""
     if no_compiler:
         pytest.skip(no_compiler)
     if shutil.which("cmake") is None:
         pytest.skip("no cmake on the path")
-    place = tmp_path_factory.mktemp("native")
+    # half a minute, once for all of a run's processes and all lanes: whoever comes first builds, the others wait
+    place = ROOT / "build" / "native-for-tests"
+    place.mkdir(parents=True, exist_ok=True)
     settings = ["-DCMAKE_BUILD_TYPE=Release", "-DUNET_CUDA=OFF", "-DUNET_STRICT=ON"]
-    for step in (["-S", str(ROOT), "-B", str(place), *settings], ["--build", str(place)]):
-        done = subprocess.run(["cmake", *step], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    configure, build = (
+        ["-S", str(ROOT), "-B", str(place), *settings],
+        ["--build", str(place), "--target", "unet_native"],
+    )
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for step in (configure, build):
+            done = subprocess.run(["cmake", *step], capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
     return place / "kernels" / "native"
 
 
