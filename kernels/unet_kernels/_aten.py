@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _checks
 
-__all__ = ["convolution_backward", "is_narrow", "multiplies_in", "through_float32"]
+__all__ = ["convolution_backward", "is_narrow", "masked", "multiplies_in", "through_float32"]
 
 # how oneDNN is asked
 _ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -68,3 +68,9 @@ def convolution_backward(
         dy, x, weight, [outputs], [stride, stride], [0, 0], [1, 1], transposed, [0, 0], 1, needs
     )
     return gradients
+
+
+def masked(dx: Tensor, x: Tensor) -> Tensor:
+    """dx back through the ReLU that made x: zero where x <= 0, which no NaN satisfies."""
+    through: Tensor = torch.ops.aten.threshold_backward(dx, x, 0)
+    return through

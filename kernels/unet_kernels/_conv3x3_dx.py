@@ -27,7 +27,10 @@ from ._choosing import Question, Way
 from ._conv3x3_fwd import Blocks
 from ._triton import jit, tl
 
-__all__ = ["dx", "launch_conv3x3_dx", "masked", "ours", "question"]
+__all__ = ["dx", "launch_conv3x3_dx", "ours", "question"]
+
+# the copy of dz that descriptors read
+MOST_MARGIN_BYTES = 64 << 20
 
 
 @jit
@@ -199,9 +202,10 @@ def _why_no_descriptors(dz: Tensor, weight: Tensor) -> str:
         return "the weight is not dense in channels_last"
     if C_out * dz.element_size() % 16:
         return "a pixel does not begin at a multiple of 16 bytes"
-    # a box's place is counted in 32 bits; images are the third axis of a grid
-    if N * (H_out + 4) * (W_out + 4) >= 2**31:
-        return "more than 2^31 pixels"
+    # a copy as large as the largest map would not be in what a step is counted to take
+    if N * (H_out + 4) * (W_out + 4) * C_out * dz.element_size() > MOST_MARGIN_BYTES:
+        return f"the copy with its margin would take more than {MOST_MARGIN_BYTES >> 20} MiB"
+    # images are the third axis of a grid
     return "" if N < 2**16 else "more than 65535 images"
 
 
@@ -285,16 +289,11 @@ def _with_margin(dz: Tensor) -> Tensor:
 # the choice
 
 
-def masked(dx: Tensor, x: Tensor) -> Tensor:
-    """dx back through the ReLU that made x: zero where x <= 0, which no NaN satisfies."""
-    return torch.ops.aten.threshold_backward(dx, x, 0)
-
-
 def _by_aten(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> Tensor:
     of_x = weight[:, first : first + x.shape[1]]
     dx = _aten.convolution_backward(dz, x, of_x, [True, False, False])[0]
     assert dx is not None
-    return masked(dx, x) if mask else dx
+    return _aten.masked(dx, x) if mask else dx
 
 
 def question(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> Question:

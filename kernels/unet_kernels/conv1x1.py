@@ -16,7 +16,6 @@ from torch import Tensor
 
 from . import _aten, _checks, _choosing, _dweight, _layout, _triton, reference
 from ._choosing import Question, Way
-from ._conv3x3_dx import masked
 from ._triton import jit, tl
 
 __all__ = ["conv1x1", "launch_conv1x1_dx", "launch_conv1x1_fwd", "question", "question_dx"]
@@ -168,7 +167,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
     if not _choosing.derives(dy, x, weight):
         dx, *others = _aten.convolution_backward(dy, x, weight.to(dy.dtype), [for_x, for_weight, for_bias])
-        dx = masked(dx, x) if dx is not None and ctx.mask else dx
+        dx = _aten.masked(dx, x) if dx is not None and ctx.mask else dx
         return dx, *(t if t is None else t.to(weight.dtype) for t in others), None
     dx = _checks.untraced(_dx_op, _dx, dy, weight, x, ctx.mask) if for_x else None
     return dx, *_dweight.of_parameters(dy, weight, x, None, for_weight, for_bias), None
@@ -177,7 +176,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _dx_by_aten(dy: Tensor, weight: Tensor, x: Tensor, mask: bool) -> Tensor:
     dx = _aten.convolution_backward(dy, x, weight, [True, False, False])[0]
     assert dx is not None
-    return masked(dx, x) if mask else dx
+    return _aten.masked(dx, x) if mask else dx
 
 
 def question_dx(dy: Tensor, weight: Tensor, x: Tensor, mask: bool) -> Question:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from . import _aten, _checks, _choosing, _conv3x3_cpu, _conv3x3_dx, _dweight, reference
 from ._choosing import Question, Way
-from ._conv3x3_dx import masked
 from ._conv3x3_fwd import Blocks, case_of, launch_conv3x3_fwd, ours
 from .bias_relu import launch_bias_relu_
 
@@ -131,14 +130,14 @@ def _cat_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _dz(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
     """dy back through the ReLU."""
-    return masked(dy, y[0]) if ctx.relu else dy
+    return _aten.masked(dy, y[0]) if ctx.relu else dy
 
 
 def _derivatives(dz: Tensor, x: Tensor, weight: Tensor, needs: list[bool], mask: bool) -> Any:
     """(dx, dweight, dbias) of the convolution of x, by ATen or what a CPU does better."""
     of_device = _conv3x3_cpu.derivatives if x.device.type == "cpu" else _aten.convolution_backward
     dx, *others = of_device(dz, x, weight.to(x.dtype), needs)
-    dx = masked(dx, x) if mask and needs[0] else dx
+    dx = _aten.masked(dx, x) if mask and needs[0] else dx
     return dx, *(t if t is None else t.to(weight.dtype) for t in others)
 
 

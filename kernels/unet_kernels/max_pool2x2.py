@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, _choosing, _layout, _triton, reference
+from . import _aten, _checks, _choosing, _layout, _triton, reference
 from ._choosing import Question, Way
-from ._conv3x3_dx import masked
 from ._triton import jit, tl
 
 __all__ = [
@@ -194,7 +193,7 @@ def _dx_by_aten(dpooled: Tensor, x: Tensor, dwindow: Tensor | None, mask: bool) 
     dx = torch.ops.aten.max_pool2d_with_indices_backward(dpooled, x, [2, 2], [2, 2], [0, 0], [1, 1], False, places)
     if dwindow is not None:
         reference.crop_to(dx, *dwindow.shape[2:]).add_(dwindow)
-    return masked(dx, x) if mask else dx
+    return _aten.masked(dx, x) if mask else dx
 
 
 def question_dx(dpooled: Tensor, x: Tensor, dwindow: Tensor | None, mask: bool) -> Question:
@@ -275,7 +274,7 @@ class _WindowAndPool(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         if dpooled is None:
             dx = None if dwindow is None else reference.uncrop(dwindow, x.shape)
-            dx = masked(dx, x) if dx is not None and ctx.mask else dx
+            dx = _aten.masked(dx, x) if dx is not None and ctx.mask else dx
         else:
             dx = _derivative(dpooled, x, dwindow, ctx.mask)
         return dx, None, None, None

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from . import _aten, _checks, _choosing, _conv3x3_fwd, _dweight, _layout, _triton, reference
 from ._choosing import Question, Way
-from ._conv3x3_dx import masked
 from ._triton import jit, tl
 
 __all__ = ["launch_up_conv_dx", "launch_up_conv_fwd", "question", "question_dx", "up_conv"]
@@ -225,7 +224,7 @@ def launch_up_conv_dx(dy: Tensor, weight: Tensor, x: Tensor, mask: bool, mode: s
         )  # fmt: skip
     if not resize:
         return dx
-    return masked(_folded(dx), x) if mask else _folded(dx)
+    return _aten.masked(_folded(dx), x) if mask else _folded(dx)
 
 
 def _as_matrices(weight: Tensor) -> Tensor:
@@ -339,7 +338,7 @@ def _by_aten(
     else:
         dx, dweight = _resize_backward(dy, x, narrow, needs)
         dbias = dy.sum((0, 2, 3)) if needs[2] else None
-    dx = masked(dx, x) if dx is not None and mask else dx
+    dx = _aten.masked(dx, x) if dx is not None and mask else dx
     return dx, *(t if t is None else t.to(weight.dtype) for t in (dweight, dbias))
 
 

@@ -114,7 +114,7 @@ def _gradients(net: FastUNet, x: Tensor, kernels: str) -> list[Tensor]:
     "settings",
     [
         {},
-        {"dropout": 0.5},
+        pytest.param({"dropout": 0.5}, marks=pytest.mark.slow),
         pytest.param({"up_mode": "resize", "up_activation": True}, marks=pytest.mark.slow),
         pytest.param({"recompute": "level", "dropout": 0.3}, marks=pytest.mark.slow),
         pytest.param({"skips": False}, marks=pytest.mark.slow),
@@ -138,6 +138,7 @@ def test_a_whole_step_runs_on_our_kernels(settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
 def test_a_step_repeats_bit_for_bit() -> None:
     net, x = _net(torch.float16)
@@ -146,6 +147,7 @@ def test_a_step_repeats_bit_for_bit() -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
 def test_of_a_frozen_layer_nothing_is_computed() -> None:
     net, x = _net(torch.float32)
@@ -169,6 +171,7 @@ def test_of_a_frozen_layer_nothing_is_computed() -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
 def test_who_looks_at_a_gradient_sees_it_unmasked() -> None:
     net, x = _net(torch.float32)
@@ -189,6 +192,7 @@ def test_who_looks_at_a_gradient_sees_it_unmasked() -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.slow
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="on a GPU test_model_on_device runs the net")
 def test_under_autocast_gradients_are_never_rounded_to_sixteen_bits() -> None:
     net, x = _net(torch.float32)
@@ -230,8 +234,8 @@ def test_sixty_steps_on_our_kernels_go_as_the_references_do(monkeypatch: pytest.
         losses = []
         with unet_kernels.using(kernels):
             for pixels, instances in images:
-                image = torch.from_numpy(pixels)[None, None, 2:-2, 2:-2].float() / 255
-                target = torch.from_numpy(instances > 0)[None, 10:-10, 10:-10].long()
+                image = torch.from_numpy(pixels)[None, None, 4:-4, 4:-4].float() / 255
+                target = torch.from_numpy(instances > 0)[None, 12:-12, 12:-12].long()
                 loss = unet_kernels.weighted_cross_entropy(net(image), target)
                 optimizer.zero_grad()
                 loss.backward()

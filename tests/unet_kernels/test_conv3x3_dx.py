@@ -14,7 +14,7 @@ from tests.proof.order import assert_order_does_not_matter
 from tests.proof.properties import given, st
 from tests.proof.yardstick import assert_gradient, assert_same_bits
 from unet_kernels import _conv3x3_dx, _conv3x3_fwd, _triton
-from unet_kernels._conv3x3_dx import launch_conv3x3_dx, ours
+from unet_kernels._conv3x3_dx import launch_conv3x3_dx, ours, question
 from unet_kernels._conv3x3_fwd import Blocks
 
 pytestmark = pytest.mark.usefixtures("on_device")
@@ -182,6 +182,24 @@ def test_descriptors_are_offered_where_pixels_begin_evenly_only() -> None:
     assert kernels(dz[:, :12], weight[:12]) == {"pointers"}
     with _triton.pretending(86):
         assert {blocks.kernel for blocks in ours(dz, weight, 64)} == {"pointers"}
+
+
+def test_a_copy_that_a_budget_does_not_know_of_is_not_made() -> None:
+    def made(side: int) -> tuple[set[str], str]:
+        dz, weight = (
+            torch.empty(s, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
+            for s in ((1, 64, side - 2, side - 2), (64, 64, 3, 3))
+        )
+        x = torch.empty(1, 64, side, side, dtype=torch.bfloat16, device="meta").to(memory_format=torch.channels_last)
+        with _triton.pretending(90):
+            return {b.kernel for b in ours(dz, weight, 64)}, question(dz, weight, x, True, 0).case
+
+    (small, of_small), (large, of_large) = made(568), made(1944)
+    assert small == {"descriptors", "pointers"}
+    assert large == {"pointers"}
+    # what runs unasked is kept by case
+    assert of_small != of_large.replace("2^19", "2^18.5")
+    assert "no descriptors" in of_large
 
 
 # ahead of time
