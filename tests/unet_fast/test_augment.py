@@ -551,6 +551,7 @@ print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in drawn)).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_draws_and_tiles_have_the_same_bits_whatever_vectors_a_processor_has() -> None:
     said = {
         subprocess.run(

@@ -44,6 +44,7 @@ CASES: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tta", ["d4", "rot7"])
 @given(**CASES)
 @few
@@ -75,6 +76,7 @@ def is_the_mean(
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * want.std() + 1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tta", ["d4", "rot7"])
 @pytest.mark.parametrize("up_mode", ["deconv", "resize"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (1, 37), (37, 1), (2, 23), (9, 9), (8, 9)], ids=str)
@@ -173,6 +175,7 @@ def test_what_is_said_of_a_turned_image_is_the_turned_answer(
         np.testing.assert_allclose(got, np.stack([turn(each) for each in want]), rtol=0, atol=1e-14, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["valid", "same"])
 @pytest.mark.parametrize("tta", ["d4", "rot7"])
 def test_labels_and_thresholds_are_those_of_the_averaged_probabilities(tta: str, padding: str) -> None:

@@ -590,6 +590,7 @@ def test_cells_that_are_split_or_missed_cost_recall_and_no_precision(truth, less
     assert (parts["recall"] < 1 - 1e-6) == lost
 
 
+@pytest.mark.slow
 @each(SEVEN)
 @given(prediction=probabilities, truth=truths)
 @repeated

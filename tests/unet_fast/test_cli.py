@@ -52,6 +52,7 @@ def test_a_wrong_word_is_a_usage_error(arguments: list[str]) -> None:
     assert arguments[-1] in done.stderr
 
 
+@pytest.mark.slow
 def test_doctor_prints_data_and_nothing_else() -> None:
     from unet_kernels import OPS
 
@@ -63,6 +64,7 @@ def test_doctor_prints_data_and_nothing_else() -> None:
     assert found["libraries"]["torch"] != "not installed"
 
 
+@pytest.mark.slow
 def test_doctor_tells_a_reader_what_runs_where() -> None:
     done = _run("doctor")
     assert done.returncode == 0, done.stderr
@@ -84,6 +86,7 @@ def test_doctor_tells_what_each_layer_would_run_on_a_chip_that_is_not_here() -> 
     assert "tile 61 cannot be pooled" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_package_itself_is_light() -> None:
     program = (
         "import sys, unet_fast; assert 'torch' not in sys.modules; unet_fast.FastUNet; assert 'torch' in sys.modules"

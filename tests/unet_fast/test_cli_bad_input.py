@@ -404,6 +404,7 @@ def test_what_must_be_given_is_usage_too(verb: str) -> None:
     assert CliRunner().invoke(app, [verb]).exit_code == 2
 
 
+@pytest.mark.slow
 def test_it_is_so_in_a_process_of_its_own(place: Path) -> None:
     (place / "images" / "a.tif").unlink()
     _truncate(place / "images" / "b.tif")

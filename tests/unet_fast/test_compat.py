@@ -36,6 +36,7 @@ def assert_exact(got: Tensor, want: Tensor) -> None:
 # ---- SameSize
 
 
+@pytest.mark.slow
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 70), st.integers(1, 70)),
     depth=st.integers(0, 3),
@@ -275,6 +276,7 @@ def test_windows_go_through_together_and_none_twice() -> None:
         assert sizes[:-1] == [together] * (len(sizes) - 1)
 
 
+@pytest.mark.slow
 def test_what_is_callable_is_called_with_what_it_is_given() -> None:
     class Weighted(nn.Module):
         def __init__(self, model: FastUNet) -> None:

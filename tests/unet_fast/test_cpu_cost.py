@@ -69,6 +69,7 @@ def _pair(name: str) -> tuple[_Step, _Step]:
     return _Step(PlainUNet(features=features), x, target), _Step(FastUNet(features=features), x, target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_a_step_allocates_no_more_than_plain_eager(name: str) -> None:
     plain, fast = _pair(name)

@@ -92,6 +92,7 @@ def test_on_a_cpu_every_layer_says_why_it_is_aten() -> None:
     assert "features 8,16, tile 44, bfloat16" in doctor.render_layers(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

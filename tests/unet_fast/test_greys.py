@@ -93,6 +93,7 @@ def test_windows_are_the_normalised_plane_bit_for_bit(
             _same_bits(found.read(z, rows, columns), wanted[z, :, rows, columns])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_counted_limits_are_those_of_sorted_values(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed, values in enumerate((2, 50, 10**6)):

@@ -98,6 +98,7 @@ def test_images_of_any_size_in_any_tiles_are_as_in_one_piece(
     assert_exact(got, one_piece(model, image))
 
 
+@pytest.mark.slow
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 2), st.integers(1, 60), st.integers(1, 60)),
     depth=st.integers(0, 3),
@@ -125,6 +126,7 @@ def test_stacks_in_batches_across_slices_are_as_slice_by_slice(
         assert_exact(got, want if output == "logits" else np.stack([softmax(each) for each in want]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["valid", "same"])
 @pytest.mark.parametrize("up_mode", ["deconv", "resize"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -246,6 +248,7 @@ IMAGES: dict[str, Callable[[NDArray[Any], Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", ["YX", "ZYX", "YXC", "ZCYX"])
 @pytest.mark.parametrize("kind", IMAGES)
 def test_an_image_may_be_anything_that_has_slices(kind: str, axes: str, tmp_path: Path) -> None:
@@ -467,6 +470,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_as_before", "hasty")
 @pytest.mark.parametrize(
     ("tta", "tile", "batch", "kind"),

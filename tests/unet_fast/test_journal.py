@@ -195,6 +195,7 @@ def test_no_byte_can_be_changed_unnoticed(name: str, made: Made) -> None:
     assert lost > (len(whole) if name == "journal" else len(whole) // 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["journal", "tiles"])
 @pytest.mark.parametrize("end", [b"", b"\0" * 40, b"\n", b"00000000 \n"], ids=repr)
 def test_files_may_end_anywhere(name: str, end: bytes, made: Made) -> None:

@@ -48,6 +48,7 @@ def held(count: int) -> torch.Tensor:
     return torch.ones(count, dtype=torch.uint8)
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("size", [40 * MB, 160 * MB])
 @alone
@@ -57,6 +58,7 @@ def test_an_allocation_that_stays_is_seen(size: int) -> None:
     assert found.bytes == pytest.approx(size, rel=0.03, abs=HAIR)
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("size", [40 * MB, 160 * MB])
 @alone

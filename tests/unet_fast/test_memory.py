@@ -36,6 +36,7 @@ def _steps() -> list[Any]:
     return steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tile_in", "width", "recompute", "dtype"), _steps())
 def test_a_training_step_takes_what_was_predicted(tile_in: int, width: str, recompute: str, dtype: torch.dtype) -> None:
     settings = {"features": WIDTHS[width], "recompute": recompute}
@@ -54,6 +55,7 @@ def test_a_prediction_takes_what_was_predicted(tile_in: int, width: str, dtype: 
     assert predicted.dynamic >= real * 0.995
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_in", [188, pytest.param(572, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "settings",

@@ -796,6 +796,7 @@ def test_the_output_is_184_smaller_at_depth_4(rows: int, columns: int) -> None:
     assert out.shape[2:] == (geometry.output_size(rows), geometry.output_size(columns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", range(5), ids="depth {}".format)
 def test_same_returns_the_size_of_the_input_whatever_it_is(depth: int) -> None:
     with torch.device("meta"):

@@ -110,6 +110,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 @pytest.mark.parametrize("up_mode", UP_MODES)
 def test_a_training_loop_lowers_the_loss(up_mode: str, optimizer: Callable[[Any], torch.optim.Optimizer]) -> None:
@@ -127,6 +128,7 @@ def test_a_training_loop_lowers_the_loss(up_mode: str, optimizer: Callable[[Any]
     assert {p.stride()[1] for p in model.parameters() if p.dim() == 4} == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_ten_steps_of_an_optimiser_go_where_the_plain_net_goes(name: str) -> None:
     fast, plain = FastUNet(features=(4, 96, 96)).double(), PlainUNet(features=(4, 96, 96)).double()
@@ -175,6 +177,7 @@ def test_accumulated_halves_of_a_batch_have_the_gradient_of_the_whole() -> None:
 # autocast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("padding", ["valid", "same"])
@@ -196,6 +199,7 @@ def test_under_autocast_the_output_is_low_precision_and_the_gradients_are_float3
     torch.testing.assert_close(logits.float(), exact, rtol=0.1, atol=0.1 * exact.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("padding", ["valid", "same"])
 @pytest.mark.parametrize("up_mode", UP_MODES)
@@ -294,6 +298,7 @@ def test_compiled_whole_it_equals_eager_forward_and_backward(config: dict[str, A
     assert_gradients_fit_their_parameters(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("up_mode", UP_MODES)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_whole_under_autocast_it_equals_eager_under_autocast(up_mode: str) -> None:
@@ -667,6 +672,7 @@ class OddImages(Dataset):
         return {"image": self.images[index, :, :, :53], "mask": self.masks[index, :, :53]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "amp"])
 @pytest.mark.parametrize("up_mode", UP_MODES)
 def test_a_milesial_training_script_works_with_one_line_changed(up_mode: str, amp: bool) -> None:

@@ -22,6 +22,7 @@ def test_plain_pytorch_takes_what_it_was_said_to(plain: dict[torch.dtype, int]) 
     assert {dtype: round(peak / 1e6) for dtype, peak in plain.items()} == {torch.float32: 806, torch.bfloat16: 441}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recompute", "dtype", "share"),
     [

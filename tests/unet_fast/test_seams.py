@@ -61,6 +61,7 @@ def test_tiles_that_join_are_exact(
     assert str(found).startswith("no seam: " if found.of else "one tile, no seam")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tta", ["none", "d4", "rot7"])
 @pytest.mark.parametrize(
     "shape", [(9, 200), (200, 9), (1, 60), (60, 1), (3, 40, 60)], ids=["one row", "one column", "1 x n", "n x 1", "Z"]

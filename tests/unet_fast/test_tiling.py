@@ -109,6 +109,7 @@ def tile_that_keeps(model: FastUNet, steps: int) -> int:
     raise AssertionError
 
 
+@pytest.mark.slow
 @given(
     height=st.integers(1, 150),
     width=st.integers(1, 150),
@@ -132,6 +133,7 @@ def test_tiles_join_to_what_one_forward_pass_says(
     assert np.abs(got - want).max() <= 1e-9 * want.std() + 1e-13
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["valid", "same"])
 @pytest.mark.parametrize("up_mode", ["deconv", "resize"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (2, 3), (5, 100)], ids=str)

@@ -72,6 +72,7 @@ def test_a_map_that_is_not_dense_is_refused() -> None:
         launch_bias_relu_(torch.zeros(1, 2, 4, 8)[:, :, :, ::2], torch.zeros(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["channels_last", pytest.param("contiguous", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_compiled_code_is_within_budget(layout: str, dtype: torch.dtype) -> None:

@@ -117,6 +117,7 @@ def test_only_the_gradient_that_is_wanted(case: Case, name: str, monkeypatch: py
     _assert_equal(everything, torch.autograd.grad(sum(r.sum() for r in _floating(result)), alone[name]))
 
 
+@pytest.mark.slow
 @every_op
 def test_compiles_in_one_graph(case: Case) -> None:
     tensors = case.tensors(grad=True)

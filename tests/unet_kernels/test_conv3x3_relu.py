@@ -104,6 +104,7 @@ def test_every_way_to_the_weight_gradient_is_the_derivative(
     assert pairs[len(maps)][1].stride() == tensors[len(maps)].stride()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_weight_that_costs_more_to_turn_than_to_use_is_used_as_it_lies(batch: int, relu: bool) -> None:

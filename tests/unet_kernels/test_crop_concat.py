@@ -96,6 +96,7 @@ def _module() -> ModuleType:
     return importlib.import_module("unet_kernels.crop_concat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("level", [0, pytest.param(1, marks=pytest.mark.slow)])

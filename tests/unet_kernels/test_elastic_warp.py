@@ -251,6 +251,7 @@ def test_it_is_a_matter_of_float32_under_autocast_too() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 def test_gradients_with_a_table_and_a_window(order: int) -> None:
     image = torch.rand(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)

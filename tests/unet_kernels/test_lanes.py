@@ -96,6 +96,7 @@ def test_an_unknown_op_is_refused() -> None:
         uk.lane("conv5x5", torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_without_triton_everything_still_works() -> None:
     program = """
 import sys

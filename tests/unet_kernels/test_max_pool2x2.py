@@ -112,6 +112,7 @@ def test_addresses_beyond_two_to_the_31(axis: int, device: torch.device) -> None
     assert_same_bits(launch_max_pool2x2_fwd(x), F.max_pool2d(x, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_compiled_code_is_within_budget(channels: int) -> None:
     from importlib import import_module

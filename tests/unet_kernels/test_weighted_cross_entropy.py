@@ -609,6 +609,7 @@ def test_a_gradient_of_an_ignored_pixels_loss_does_not_matter(device: torch.devi
     assert torch.autograd.grad(loss, leaf, dloss)[0].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixel_weight", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_ops_and_their_fakes_agree_about_strides(pixel_weight: bool, channels_last: bool) -> None:
