@@ -121,13 +121,10 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor, *, inner: bool = False, masked: bool = False) -> Tensor:
         """`inner`: gradients inside are masked by who reads; `masked`: so is the one that comes, if nothing drops."""
-        x = self.conv2(self.conv1(x, masked=inner), masks=inner, masked=masked and not self.drops)
+        x = self.conv1(x, **_promised(masked=inner))
+        x = self.conv2(x, **_promised(masks=inner, masked=masked and not self.drops))
         # both the pool and the skip get the dropped map, as in the release
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
-
-    @property
-    def is_ours(self) -> bool:
-        return isinstance(self.conv1, Conv3x3) and isinstance(self.conv2, Conv3x3)
 
     @property
     def drops(self) -> bool:
@@ -160,11 +157,6 @@ class Up(nn.Module):
         self.conv2 = Conv3x3(out_channels, out_channels, padding)
         self.activation, self.skips = activation, skips
 
-    @property
-    def is_ours(self) -> bool:
-        convolutions = isinstance(self.conv1, Conv3x3) and isinstance(self.conv2, Conv3x3)
-        return convolutions and isinstance(self.up, Deconv | Resize)
-
     def forward(
         self,
         x: Tensor,
@@ -175,7 +167,7 @@ class Up(nn.Module):
         masked: bool = False,
     ) -> Tensor:
         """`inner`, `masked`: as of `Down`; with `masks` the gradient of x is handed back masked."""
-        x = self.up(x, masks=masks)
+        x = self.up(x, **_promised(masks=masks))
         if self.activation:
             x = F.relu(x)
         if self.conv1.padding == (0, 0):
@@ -184,8 +176,23 @@ class Up(nn.Module):
         elif x.shape[2:] != skip.shape[2:]:
             # an odd level lost its last row (column) to the pool: repeat the edge, invent no zeros
             x = F.pad(x, (0, skip.shape[3] - x.shape[3], 0, skip.shape[2] - x.shape[2]), mode="replicate")
-        x = self.conv1(x, skip, masked=inner) if self.skips else self.conv1(x, masked=inner)
-        return self.conv2(x, masks=inner, masked=masked)
+        x = self.conv1(*((x, skip) if self.skips else (x,)), **_promised(masked=inner))
+        return self.conv2(x, **_promised(masks=inner, masked=masked))
+
+
+def _promised(**promises: bool) -> dict[str, bool]:
+    """Those that are made: a part that somebody put in is called as ever."""
+    return {name: True for name, made in promises.items() if made}
+
+
+def _is(part: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a part of the net, and all in it, computes as it was built: another's forward knows nothing of masks."""
+    if not isinstance(part, kind) or type(part).forward is not kind.forward or "forward" in vars(part):
+        return False
+    if not isinstance(part, Down | Up):
+        return True
+    up = not isinstance(part, Up) or _is(part.up, Deconv) or _is(part.up, Resize)
+    return up and _is(part.conv1, Conv3x3) and _is(part.conv2, Conv3x3)
 
 
 def _centre(skip: Tensor, rows: int, columns: int) -> Tensor:
@@ -353,11 +360,10 @@ class FastUNet(nn.Module):
         """
         if self.padding != "valid" or not unet_kernels.chooses_derivatives(x) or _has_any_global_hook():
             return False
-        if any(m._backward_hooks or m._backward_pre_hooks or m._forward_hooks for m in self.modules()):
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if any(getattr(m, kind) for m in self.modules() for kind in hooks):
             return False
-        # a part that somebody put in knows nothing of masks
-        levels = all(isinstance(m, Down) for m in self.down) and all(isinstance(m, Up) for m in self.up)
-        return levels and isinstance(self.head, Head) and all(m.is_ours for m in (*self.down, *self.up))
+        return _is(self.head, Head) and all(_is(m, Down) for m in self.down) and all(_is(m, Up) for m in self.up)
 
     def _contracted(self, x: Tensor, masks: bool, outer: bool) -> tuple[Tensor, list[Tensor]]:
         """(the bottom's map, of each level above it what the way up will see)."""

@@ -119,16 +119,17 @@ class ReplayedStep:
     """Forward, loss, backward and update of a net, from some step on replayed as a CUDA graph; elsewhere called.
 
     Tiles of one shape are captured, the first that was seen `after` times; others are called, and so is a net with
-    hooks. Replayed or called, the same kernels run: before a graph is used, its step is made both ways from the same
-    weights, and a graph whose weights differ in one bit is not used. For that the rates of the optimizer become tensors
-    on the GPU, which schedulers know how to fill; after a replay `p.grad` are the graph's own.
+    hooks, or one of which something else was changed than numbers. Replayed or called, the same kernels run: before a
+    graph is used, its step is made both ways from the same weights, and a graph whose weights differ in one bit is not
+    used. A graph wants the rates of the optimizer as tensors on the GPU, which schedulers know how to fill, and of SGD
+    the fused update: both are set when it is captured. There is no loss scaling.
 
     Args:
-        net: the net that is trained; its parameters stay where they are in memory.
+        net: the net that is trained.
         optimizer: of its parameters; torch.optim.SGD, or one that is `capturable`.
         loss: takes logits and what else a step is called with; returns a number.
         dtype: of the maps, under torch.autocast; None for that of the parameters.
-        after: steps of one shape before it is captured.
+        after: steps of one shape before it is captured, at least one.
 
     Attributes:
         refused: why there is no graph and will be none, or "".
@@ -148,126 +149,192 @@ class ReplayedStep:
         dtype: torch.dtype | None = None,
         after: int = 3,
     ) -> None:
-        self.net, self.optimizer, self.loss, self.dtype, self.after = net, optimizer, loss, dtype, after
+        self.net, self.optimizer, self.loss, self.dtype, self.after = net, optimizer, loss, dtype, max(after, 1)
         self.refused = ""
         self._seen: dict[tuple[Any, ...], int] = {}
-        self._key: tuple[Any, ...] = ()
-        self._inputs: list[Tensor] = []
-        self._rates: list[Tensor] = []
-        self._replay: Callable[[], Any] | None = None
-        self._value = torch.empty(0)
+        self._graph: _GraphOfAStep | None = None
 
     def __call__(self, image: Tensor, *targets: Tensor) -> Tensor:
         """Make one step; returns the loss before it, which is the caller's own."""
         given = [image, *targets]
         if image.device.type != "cuda" or self.refused or _hooked(self.net):
             return self._step(given)
-        key = self._key_of(given)
-        if self._replay is None:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] > self.after:
-                return self._captured(given, key)
+        if self._graph is None:
+            shapes = _shapes(given)
+            self._seen[shapes] = self._seen.get(shapes, 0) + 1
+            # a first step makes what the optimizer keeps, and so may one of another shape
+            return self._captured(given) if self._seen[shapes] > self.after else self._step(given)
+        _hold_rates(self.optimizer, self._graph.rates)
+        if self._key(given) == self._graph.key:
+            return self._graph(given)
+        try:
             return self._step(given)
-        if key != self._key:
-            return self._step(given)
-        for lies, comes in zip(self._inputs, given, strict=True):
-            lies.copy_(comes)
-        self._hold_rates()
-        self._replay()
-        return self._value.clone()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # there is no room for a called step beside what the graph holds
+        self._give_up("memory ran out")
+        return self._step(given)
 
     def _step(self, given: list[Tensor]) -> Tensor:
-        kind = given[0].device.type
+        kind, deterministic = given[0].device.type, torch.backends.cudnn.deterministic
         self.optimizer.zero_grad(set_to_none=True)
-        # in this thread, so that gradients too are by what takes the device the least time
-        with unet_kernels.by_device_time(), torch.autograd.set_multithreading_enabled(False):
-            # a cast that is remembered from one step would be the weight of another
-            with torch.autocast(kind, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-                logits = self.net(given[0])
-            value = self.loss(logits, *given[1:])
-            value.backward()
+        # a graph is compared with a called step by bits
+        torch.backends.cudnn.deterministic = True
+        try:
+            # in this thread, so that gradients too are by what takes the device the least time
+            with unet_kernels.by_device_time(), torch.autograd.set_multithreading_enabled(False):
+                # a cast that is remembered from one step would be the weight of another
+                with torch.autocast(kind, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+                    logits = self.net(given[0])
+                value = self.loss(logits, *given[1:])
+                value.backward()
+        finally:
+            torch.backends.cudnn.deterministic = deterministic
         self.optimizer.step()
         return value.detach()
 
-    def _captured(self, given: list[Tensor], key: tuple[Any, ...]) -> Tensor:
+    def _captured(self, given: list[Tensor]) -> Tensor:
         """The step that is captured, made once: by the graph if it is as good, else as it was called."""
-        device = given[0].device
-        self._inputs = [t.clone() for t in given]
-        self._make_rates()
-        before = self._state()
-        called: dict[str, Any] = {}
+        device, called = given[0].device, _State(self.net, self.optimizer, given[0].device)
+        groups = [dict(group) for group in self.optimizer.param_groups]
+        graph = _GraphOfAStep(given, _tensor_rates(self.optimizer))
+        before, after, value = called.copied(), [], torch.empty(0)
 
         def rehearsal() -> None:
-            called["value"] = self._step(self._inputs).clone()
-            called["state"] = self._state()
-            self._restore(before)
+            nonlocal value
+            value = self._step(graph.inputs).clone()
+            after.extend(called.copied())
+            called.restore(before)
             self.optimizer.zero_grad(set_to_none=True)
 
         why = ""
         try:
-            self._value, replay = captured(lambda: self._step(self._inputs), device, rehearsal)
-            replay()
-            same = torch.equal(self._value.nan_to_num(), called["value"].nan_to_num())
-            if not (same and _equal(self._state(), called["state"])):
+            graph.value, graph.replay = captured(lambda: self._step(graph.inputs), device, rehearsal)
+            graph.key, graph.held = self._key(given), called.tensors
+            graph.replay()
+            graph.gradients = [(p, p.grad) for p in self.net.parameters()]
+            if not _same_bits([graph.value, *called.copied()], [value, *after]):
                 why = "the graph's bits are not the step's"
-            self._replay, self._key = replay, key
-        except RuntimeError as error:
-            if "state" not in called:
+        except Exception as error:
+            if not after:
+                # the step itself fails, and says so
+                called.restore(before)
+                _put_back(self.optimizer, groups)
                 raise
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            why = (str(error).splitlines() or [type(error).__name__])[0]
         # not in the except clause: the error holds on to what was made
-        if why:
-            self.refused, self._replay, self._value = why, None, called["value"]
-            self.optimizer.zero_grad(set_to_none=True)
-            self._restore(called["state"])
-            give_back()
-        return self._value.clone()
+        if not why:
+            self._graph = graph
+            return graph.value.clone()
+        graph.release()
+        self._give_up(why)
+        called.restore(after)
+        _put_back(self.optimizer, groups)
+        return value
 
-    def _key_of(self, given: list[Tensor]) -> tuple[Any, ...]:
-        groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
-        places = tuple(p.data_ptr() for p in self.net.parameters())
-        shapes = tuple((tuple(t.shape), t.dtype, t.device) for t in given)
-        return shapes, places, self.net.training, str(groups), *unet_kernels.circumstances()
+    def _give_up(self, why: str) -> None:
+        self.refused, self._graph = why, None
+        self.optimizer.zero_grad(set_to_none=True)
+        give_back()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-    def _make_rates(self) -> None:
-        made = [(group["lr"], group["params"][0].device) for group in self.optimizer.param_groups]
-        self._rates = [torch.as_tensor(rate, dtype=torch.float32, device=device) for rate, device in made]
-        self._hold_rates()
+    def _key(self, given: list[Tensor]) -> tuple[Any, ...]:
+        """All that a graph was captured with and cannot see change: places, settings, what is trained."""
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in self.optimizer.param_groups]
+        members = tuple(tuple(map(id, group["params"])) for group in self.optimizer.param_groups)
+        places = tuple(t.data_ptr() for t in _State(self.net, self.optimizer, given[0].device).tensors)
+        trained = tuple(p.requires_grad for p in self.net.parameters())
+        modes = tuple(module.training for module in self.net.modules())
+        return _shapes(given), places, members, trained, modes, str(settings), *unet_kernels.circumstances()
 
-    def _hold_rates(self) -> None:
-        """What a caller has put in the place of a rate is written into it: a graph knows the tensor."""
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            if group["lr"] is not rate:
-                rate.fill_(group["lr"])
-                group["lr"] = rate
 
-    def _tensors(self) -> list[Tensor]:
-        of_optimizer = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        return [*self.net.parameters(), *of_optimizer]
+class _GraphOfAStep:
+    """A captured step: where its inputs, its result, its rates and its gradients lie."""
 
-    def _state(self) -> list[Tensor]:
-        """Copies on the host of all that a step changes: there may be no room for them beside the net."""
-        copies = [t.detach().to("cpu", copy=True) for t in self._tensors()]
-        return [*copies, torch.cuda.get_rng_state()] if torch.cuda.is_available() else copies
+    def __init__(self, given: list[Tensor], rates: list[Tensor]) -> None:
+        self.inputs, self.rates = [t.clone() for t in given], rates
+        self.value, self.replay = torch.empty(0), lambda: None
+        self.key: tuple[Any, ...] = ()
+        self.gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        # what is not held might be given to another
+        self.held: list[Tensor] = []
+
+    def release(self) -> None:
+        """Let go of all that it holds on the GPU."""
+        self.inputs, self.gradients, self.held = [], [], []
+        self.value, self.replay = torch.empty(0), lambda: None
+
+    def __call__(self, given: list[Tensor]) -> Tensor:
+        for lies, comes in zip(self.inputs, given, strict=True):
+            lies.copy_(comes)
+        self.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return self.value.clone()
+
+
+class _State:
+    """All that a step changes, copied to the host: there may be no room for it beside the net."""
+
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+        kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+        self.tensors: list[Tensor] = [*net.parameters(), *net.buffers(), *kept]
+        self.device = device if torch.cuda.is_available() else None
+
+    def copied(self) -> list[Tensor]:
+        copies = [t.detach().to("cpu", copy=True) for t in self.tensors]
+        return copies if self.device is None else [torch.cuda.get_rng_state(self.device), *copies]
 
     @torch.no_grad()
-    def _restore(self, state: list[Tensor]) -> None:
-        tensors = self._tensors()
-        for t, copy in zip(tensors, state, strict=False):
+    def restore(self, copies: list[Tensor]) -> None:
+        if self.device is not None:
+            torch.cuda.set_rng_state(copies[0], self.device)
+        for t, copy in zip(self.tensors, copies[len(copies) - len(self.tensors) :], strict=True):
             t.copy_(copy)
-        if len(state) > len(tensors):
-            torch.cuda.set_rng_state(state[-1])
 
 
-def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(s.nan_to_num(), t.nan_to_num()) if s.is_floating_point() else torch.equal(s, t)
-        for s, t in zip(a, b, strict=True)
-    )
+def _tensor_rates(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The rates of the groups, which are tensors from now on; SGD updates by its fused kernel, which takes them."""
+    rates = []
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        rates.append(torch.as_tensor(group["lr"], dtype=torch.float32, device=device).clone())
+        if isinstance(optimizer, torch.optim.SGD):
+            # its other ways ask the host for the rate, which a capture forbids
+            group["fused"], group["foreach"] = True, False
+    _hold_rates(optimizer, rates)
+    return rates
+
+
+def _hold_rates(optimizer: torch.optim.Optimizer, rates: list[Tensor]) -> None:
+    """What a caller has put in the place of a rate is written into it: a graph knows the tensor."""
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        if group["lr"] is not rate:
+            rate.fill_(group["lr"])
+            group["lr"] = rate
+
+
+def _put_back(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        group.update(before)
+
+
+def _shapes(given: list[Tensor]) -> tuple[Any, ...]:
+    return tuple((tuple(t.shape), t.dtype, t.device) for t in given)
+
+
+def _same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
+    def as_bytes(t: Tensor) -> Tensor:
+        return t.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    return all(torch.equal(as_bytes(s), as_bytes(t)) for s, t in zip(a, b, strict=True))
 
 
 def _hooked(net: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in net.modules())
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for module in net.modules() for kind in kinds)
 
 
 def captured(

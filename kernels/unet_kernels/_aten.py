@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _checks
 
-__all__ = ["convolution_backward", "is_narrow", "masked", "multiplies_in", "through_float32"]
+__all__ = ["convolution_backward", "is_narrow", "made_by_relu", "masked", "multiplies_in", "through_float32"]
 
 # how oneDNN is asked
 _ASKED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -68,6 +68,11 @@ def convolution_backward(
         dy, x, weight, [outputs], [stride, stride], [0, 0], [1, 1], transposed, [0, 0], 1, needs
     )
     return gradients
+
+
+def made_by_relu(x: Tensor) -> Tensor:
+    """x, a ReLU's result, for a derivative that may be derived again: what x then gets, too, passes its mask."""
+    return torch.relu(x) if torch.is_grad_enabled() else x
 
 
 def masked(dx: Tensor, x: Tensor) -> Tensor:

@@ -299,8 +299,7 @@ def _by_aten(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> T
 def question(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> Question:
     def ways() -> list[Way]:
         found = [Way("ATen", _by_aten, False)]
-        # x has more pixels than dz, by which the op was let in
-        for blocks in [] if _choosing.why_too_large(x) else ours(dz, weight, x.shape[1]):
+        for blocks in ours(dz, weight, x.shape[1]):
             found.append(Way(str(blocks), functools.partial(launch_conv3x3_dx, blocks=blocks), True))
         return found
 
@@ -322,7 +321,11 @@ def question(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> Q
 
 
 def _computed(dz: Tensor, weight: Tensor, x: Tensor, mask: bool, first: int) -> Tensor:
-    dx = _choosing.computed(question, _by_aten, (dz, weight.to(dz.dtype), x, mask, first))
+    def why_not(device: torch.device, dtype: torch.dtype) -> str:
+        # x has more pixels than dz
+        return _triton.why_no_dot(device, dtype) or _choosing.why_too_large(x)
+
+    dx = _choosing.computed(question, _by_aten, (dz, weight.to(dz.dtype), x, mask, first), why_not)
     return dx.contiguous(memory_format=_layout.of(x))
 
 

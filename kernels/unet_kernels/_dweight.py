@@ -10,7 +10,7 @@ anyway. Only pixels that exist are multiplied: a NaN reaches those taps that saw
 `_pointers_kernel`  any strides, any chip with tensor cores; one tap a program, or the three of a row, or all nine,
                     which share the block of dz. A deconvolution's taps step over dz instead (docs/mathematics.md,
                     section 3): two strides say where a tap finds either map.
-`_direct_kernel`    one to four input channels: all taps in one product, the bias as one column more, of ones.
+`_direct_kernel`    one to four input channels: all taps in one product.
 
 `Blocks` as in the forward: BLOCK_P pixels a step, of BLOCK_N output and BLOCK_K input channels, `splits` strips.
 """
@@ -147,16 +147,19 @@ def _direct_kernel(  # type: ignore[no-untyped-def]
     stride_zn, stride_zc, stride_zh, stride_zw,
     stride_xn, stride_xc, stride_xh, stride_xw,
     stride_oo, stride_oi, stride_or, stride_os, stride_osplit,
+    BIAS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     co = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    # what the taps of all channels see, and behind it a column of ones
+    # what the taps of all channels see
     k = tl.arange(0, BLOCK_K).to(tl.int64)  # [BLOCK_K]
     c, r, s = k // 9, k % 9 // 3, k % 3
     tap = (c * stride_xc + r * stride_xh + s * stride_xw)[None, :]
-    of_tap, of_bias = (k < 9 * C_in)[None, :], (k == 9 * C_in)[None, :]
+    of_tap = (k < 9 * C_in)[None, :]
     z_columns = dz_ptr + (co.to(tl.int64) * stride_zc)[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    if BIAS:
+        whole = tl.zeros([BLOCK_P, BLOCK_N], tl.float32)
     first = tl.program_id(1) * steps
     last = tl.minimum(first + steps, tl.cdiv(pixels, BLOCK_P))
     for step in range(first, last):
@@ -168,15 +171,16 @@ def _direct_kernel(  # type: ignore[no-untyped-def]
         dz = tl.load(z_at, mask=known & (co < C_out)[None, :], other=0.0)
         x_at = x_ptr + (n * stride_xn + h * stride_xh + w * stride_xw)[:, None] + tap
         x = tl.load(x_at, mask=known & of_tap, other=0.0)
-        x = tl.where(known & of_bias, 1.0, x).to(dz.dtype)
         acc = tl.dot(tl.trans(dz), x, acc, input_precision=PRECISION)
+        if BIAS:
+            # not as a product with ones: tf32 would round it
+            whole += dz.to(tl.float32)
     at = out_ptr + tl.program_id(1).to(tl.int64) * stride_osplit + (co.to(tl.int64) * stride_oo)[:, None]
     at += (c * stride_oi + r * stride_or + s * stride_os)[None, :]
     tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(co < C_out)[:, None] & of_tap)
-    if dbias_ptr is not None:
-        whole = tl.sum(tl.where(of_bias, acc, 0.0), axis=1)
+    if BIAS:
         at = dbias_ptr + tl.program_id(1).to(tl.int64) * C_out + co
-        tl.store(at, whole.to(dbias_ptr.dtype.element_ty), mask=co < C_out)
+        tl.store(at, tl.sum(whole, axis=0).to(dbias_ptr.dtype.element_ty), mask=co < C_out)
 
 
 @jit
@@ -278,8 +282,8 @@ def blocks_for(
         if blocks.taps == 1 or filter_ == CONV3X3
     ]
     if C_in <= MOST_DIRECT_CHANNELS and filter_ == CONV3X3:
-        BLOCK_P, warps = (32, 8) if dtype == torch.float32 else (128, 4)
-        found.insert(0, Blocks("direct", BLOCK_P, min(64, wide_out), _power_of_two(9 * C_in + 1), warps, 2))
+        BLOCK_P = 32 if dtype == torch.float32 else 128
+        found.insert(0, Blocks("direct", BLOCK_P, min(64, wide_out), _power_of_two(9 * C_in), 8, 2))
     # of what narrow channels make the same but for its stages, the first
     found = list({replace(blocks, stages=0): blocks for blocks in reversed(found)}.values())[::-1]
     found = [s for blocks in found for s in _split(blocks, filter_, C_in, C_out, pixels, processors)]
@@ -358,7 +362,9 @@ def launch_dweight(
     with _triton.on_device(dz):
         if blocks.kernel == "direct":
             # one program per block of output channels, per strip
-            _direct_kernel[(in_filter, splits)](dz, x, *given, *dz.stride(), *x.stride(), *out_strides, **what)
+            _direct_kernel[(in_filter, splits)](
+                dz, x, *given, *dz.stride(), *x.stride(), *out_strides, BIAS=with_bias, **what
+            )
         else:
             if filter_.deconvolves:
                 z_steps, x_steps = (z_n, z_c, R * z_h, S * z_w, z_h, z_w), (x_n, x_c, x_h, x_w, 0, 0)

@@ -166,6 +166,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
     if not _choosing.derives(dy, x, weight):
+        x = _aten.made_by_relu(x) if ctx.mask else x
         dx, *others = _aten.convolution_backward(dy, x, weight.to(dy.dtype), [for_x, for_weight, for_bias])
         dx = _aten.masked(dx, x) if dx is not None and ctx.mask else dx
         return dx, *(t if t is None else t.to(weight.dtype) for t in others), None

@@ -136,6 +136,7 @@ def _dz(ctx: Any, dy: Tensor, y: list[Tensor]) -> Tensor:
 def _derivatives(dz: Tensor, x: Tensor, weight: Tensor, needs: list[bool], mask: bool) -> Any:
     """(dx, dweight, dbias) of the convolution of x, by ATen or what a CPU does better."""
     of_device = _conv3x3_cpu.derivatives if x.device.type == "cpu" else _aten.convolution_backward
+    x = _aten.made_by_relu(x) if mask else x
     dx, *others = of_device(dz, x, weight.to(x.dtype), needs)
     dx = _aten.masked(dx, x) if mask and needs[0] else dx
     return dx, *(t if t is None else t.to(weight.dtype) for t in others)

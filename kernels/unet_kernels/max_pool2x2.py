@@ -301,6 +301,8 @@ def window_and_pool(x: Tensor, *, rows: int, columns: int, mask_dx: bool = False
         if not 1 <= size <= most:
             raise ValueError(f"{name} must be between 1 and those of x, {most}, got {size}")
     if _checks.transformed() or torch.compiler.is_compiling():
+        # a ReLU of a ReLU's result is itself, and masks in the derivative
+        x = torch.relu(x) if mask_dx else x
         return reference.crop_to(x, rows, columns), max_pool2x2(x)
     return _WindowAndPool.apply(x, rows, columns, mask_dx)
 

@@ -330,6 +330,7 @@ def _by_aten(
 ) -> tuple[Tensor | None, ...]:
     """(dx, dweight, dbias), each where it is needed, the parameters' in their own dtype."""
     narrow = weight.to(dy.dtype)
+    x = _aten.made_by_relu(x) if mask else x
     dx: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None

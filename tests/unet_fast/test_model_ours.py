@@ -11,6 +11,7 @@ from torch import Tensor
 import unet_kernels
 from tests.proof.yardstick import assert_as_close_as, assert_same_bits
 from unet_fast import FastUNet, synthetic
+from unet_fast.model import Head
 from unet_kernels import _conv3x3_fwd, _dweight, _triton
 from unet_kernels._conv3x3_fwd import Blocks
 
@@ -247,6 +248,37 @@ def test_sixty_steps_on_our_kernels_go_as_the_references_do(monkeypatch: pytest.
     assert sum(ours[-10:]) < 0.7 * sum(ours[:10]), "it learns nothing"
     for got, want in zip(ours, reference, strict=True):
         assert got == pytest.approx(want, rel=2e-3)
+
+
+class _PlainHead(Head):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "backward hook", "subclass", "patched", "none"])
+def test_masks_are_promised_where_nobody_looks_only(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, x = _net(torch.float32)
+    monkeypatch.setattr(unet_kernels, "chooses_derivatives", lambda x: True)
+    head = net.head
+    if how == "hook":
+        head.register_forward_hook(lambda *_: None)
+    elif how == "pre-hook":
+        head.register_forward_pre_hook(lambda *_: None)
+    elif how == "backward hook":
+        head.register_full_backward_hook(lambda *_: None)
+    elif how == "subclass":
+        net.head = _PlainHead(16, 3)
+    elif how == "patched":
+        net.up[0].conv1.forward = lambda x, skip: net.up[0].conv1.weight.sum() + x[:, :, 1:-1, 1:-1]
+    assert net._masks(x) == (how == "none")
+    # and then the promises are kept: the gradients are those of a net without
+    if how == "none":
+        promised = _gradients(net, x, "automatic")
+        monkeypatch.undo()
+        for a, b in zip(promised, _gradients(net, x, "automatic"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    else:
+        assert net(x).shape == (1, 3, 4, 12)
 
 
 def test_a_hook_sees_its_layer_whatever_else_would_be_faster() -> None:

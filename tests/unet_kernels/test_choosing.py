@@ -622,3 +622,10 @@ def test_what_was_measured_is_explained(gpu: _Gpu, monkeypatch: pytest.MonkeyPat
 def test_an_op_that_measures_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"op must be one of conv3x3_relu, .*, got 'cut_gap'"):
         uk.explain("cut_gap", "cpu", lambda: (torch.zeros(1, 2, 3),))
+
+
+def test_a_result_without_values_is_as_good_as_any() -> None:
+    # the gradient of a bias that nobody wants
+    empty = torch.empty(0)
+    assert _choosing._too_far(empty, empty, empty.double()) == ""
+    assert "gives" in _choosing._too_far(torch.empty(1), empty, empty.double())

@@ -58,6 +58,38 @@ def test_a_chain_of_promises_is_the_derivative(weight: str, call: Callable[..., 
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@every_reader
+def test_a_chain_of_promises_has_second_derivatives(weight: str, call: Callable[..., Tensor]) -> None:
+    # what a second derivative adds to the map between must pass the mask, too
+    tensors = _maps()
+    below = torch.randn(5, 5, 3, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+    pair = []
+    for first, second in (({}, {}), ({"dy_masked": True}, {"mask_dx": True})):
+        leaves = [t.detach().clone().requires_grad_() for t in (tensors["x"], *below, tensors[weight])]
+        y = call(uk.conv3x3_relu(*leaves[:3], **first), leaves[3], **second)
+        gradients = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        pair.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves))
+    for a, b in zip(*pair, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_window_and_pool_keep_their_promise_under_a_compiler() -> None:
+    x = torch.randn(1, 3, 6, 7).relu_()
+    # a ReLU's result at its kink, where the maximum of a window is zero
+    x[:, :, :2] = 0
+
+    def gradient(call: Callable[..., Any]) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        window, pooled = call(leaf)
+        return torch.autograd.grad((window.sum() + 2 * pooled.sum()), leaf)[0]
+
+    def both(t: Tensor) -> Any:
+        return uk.window_and_pool(t, rows=6, columns=3, mask_dx=True)
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradient(both), gradient(compiled))
+
+
 def test_masked_dy_needs_no_result_to_be_kept() -> None:
     kept: list[Tensor] = []
     tensors = _maps(torch.float32)
