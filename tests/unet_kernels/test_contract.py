@@ -68,7 +68,8 @@ def test_operator_is_well_formed(case: Case, monkeypatch: pytest.MonkeyPatch) ->
         a.detach().clone(memory_format=torch.preserve_format).requires_grad_(n in floating)
         if isinstance(a, Tensor)
         else a
-        for n, a in zip(names, args, strict=True)
+        # what has a default is not among what the door hands over
+        for n, a in zip(names, args, strict=False)
     )
     torch.library.opcheck(op, args)
 
