@@ -31,6 +31,7 @@ ifneq ($(LINUX),)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD) TRITON_INTERPRET=1 $(RUN) -m pytest -q -n 2 -m "interpreter and not slow"
 	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/proof -m "not interpreter" -k "spill or instruction"
 	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/unet_kernels -m "not interpreter" -k "compiled_code and (float16 and channels_last or derivative or uint8-3)"
+	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/unet_kernels/test_dweight.py tests/unet_kernels/test_conv3x3_dx.py -m "not interpreter and not slow" -k compiled_code
 endif
 
 # style, types, contracts

@@ -75,7 +75,9 @@ def _assert_near(got: Any, dz: Tensor, x: Tensor, weight: Tensor, deconvolves: b
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(1, 3, 3), (2, 9, 11), (1, 4, 70)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(2, 9, 11), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 3, 3), (1, 4, 70)))], ids=str
+)
 @every_variant
 def test_every_variant_is_as_near_as_torch(variant: str, size: tuple[int, int, int], dtype: torch.dtype) -> None:
     # (N, H, W): dz of one pixel; a batch of odd sizes; lines longer than a step

@@ -182,7 +182,7 @@ def _masked_gradients(tensors: list[Tensor], dy: Tensor, mode: str, mask: bool) 
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "window of channels_last"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
