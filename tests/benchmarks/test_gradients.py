@@ -17,7 +17,7 @@ from benchmarks.cases import results
 from benchmarks.derivatives import derivatives, derived, given
 from benchmarks.levels import PAPER_FEATURES
 from benchmarks.predicted import main, predicted_derivative_us, step_us
-from benchmarks.sections import Context, Failed, _rows, discover, gradients, whole_net
+from benchmarks.sections import Context, Failed, _rows, gradients, whole_net
 
 CPU = torch.device("cpu")
 FEATURES = (4, 8, 8, 16, 16)
@@ -101,11 +101,6 @@ def test_a_step_is_the_sum_of_its_parts(capsys):
 
 
 # the sections
-
-
-def test_the_section_stands_between_the_layers_and_the_whole_net():
-    names = [s.name for s in discover()]
-    assert names[names.index("layers") : names.index("whole_net") + 1] == ["layers", "gradients", "whole_net"]
 
 
 def test_the_section_times_every_gradient(context, tmp_path):
