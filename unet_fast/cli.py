@@ -69,9 +69,15 @@ class Recompute(StrEnum):
     LEVEL = "level"
 
 
-class Precision(StrEnum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
+class Padding(StrEnum):
+    VALID = "valid"
+    SAME = "same"
+
+
+class Place(StrEnum):
+    AUTO = "auto"
+    DEVICE = "device"
+    HOST = "host"
 
 
 class Arithmetic(StrEnum):
@@ -220,6 +226,10 @@ def train(
     classes: Annotated[int | None, typer.Option("--classes", "-c", help="Classes, background included.")] = None,
     up_mode: Annotated[UpMode | None, typer.Option(help="Up-convolution: deconv (default) or resize.")] = None,
     dropout: Annotated[float | None, typer.Option(help="Dropout at the bottom of the net, default 0.5.")] = None,
+    skips: Annotated[bool | None, typer.Option(help="Connections across the net (default), or none.")] = None,
+    padding: Annotated[
+        Padding | None, typer.Option(help="valid (default), or same: zeros around each map, whose size then stays.")
+    ] = None,
     recompute: Annotated[
         Recompute | None, typer.Option(help="level: make maps again instead of keeping them; less memory, more time.")
     ] = None,
@@ -231,14 +241,22 @@ def train(
         typer.Option(help="Budget such as 6GB: tile, precision and recomputation that train fastest inside it."),
     ] = None,
     precision: Annotated[
-        Precision | None,
-        typer.Option(help="Of the maps. Default: float32, or with --memory what is faster here."),
+        Arithmetic | None,
+        typer.Option(
+            help="Of the maps. Default: bfloat16 on a GPU that has it, else float32; with --memory what is faster."
+        ),
+    ] = None,
+    deterministic: Annotated[
+        bool | None, typer.Option(help="The same bits every time on a GPU too; some kernels are slower.")
     ] = None,
     accumulate: Annotated[
         Accumulate | None,
         typer.Option(help="image: a step sees whole images, tile by tile; the gradient does not depend on the tile."),
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", "-b", help="Tiles a step, default 1.")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(help="Of those, how many go through the net together, default all of a process.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps, default 10000.")] = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", "-e", help="Instead of steps: passes over the images.")
@@ -248,6 +266,9 @@ def train(
     warmup: Annotated[float | None, typer.Option(help="Share of steps in which the rate rises, default 0.05.")] = None,
     clip: Annotated[float | None, typer.Option(help="Longest gradient, default 1; 0: any.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay, default 0.")] = None,
+    most_skipped: Annotated[
+        int | None, typer.Option(help="Steps in a row without a usable loss after which the run ends, default 25.")
+    ] = None,
     border_weight: Annotated[
         float | None, typer.Option(help="Weight of the border between touching cells, default 10; 0: none.")
     ] = None,
@@ -269,6 +290,18 @@ def train(
     validation: Annotated[float | None, typer.Option(help="Share of images kept for validation, default 0.1.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Steps between validations.")] = None,
     log_every: Annotated[int | None, typer.Option(help="Steps between lines of log.csv, default 20.")] = None,
+    keep_minutes: Annotated[
+        float | None, typer.Option(help="Minutes between two states kept for --resume, default 5.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that draw tiles ahead; default 2 where a GPU waits for them, else 0.")
+    ] = None,
+    images_on: Annotated[
+        Place | None, typer.Option(help="Where the images lie: device, host, or auto: on a GPU with room for them.")
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option(help="Curves for TensorBoard in RUN/tensorboard (pip install 'unet-fast[tb]').")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same run.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
     quiet: Quiet = False,
@@ -487,7 +520,7 @@ def profile(
     ] = None,
     up_mode: Annotated[UpMode | None, typer.Option(help="Up-convolution: deconv (default) or resize.")] = None,
     tiles: Annotated[str | None, typer.Option(help="Sides to look at, such as 188,572; default: a ladder.")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="One only; default: both.")] = None,
+    precision: Annotated[Arithmetic | None, typer.Option(help="One only; default: both.")] = None,
     recompute: Annotated[Recompute | None, typer.Option(help="One only; default: both, in training.")] = None,
     batch: Annotated[int, typer.Option("--batch", "-b", help="Tiles at a time.", min=1)] = 1,
     seconds: Annotated[float, typer.Option(help="For measuring tiles; 0: count only.", min=0.0)] = 60.0,

@@ -58,18 +58,26 @@ class TrainConfig:
     classes: int | None = None
     up_mode: str = "deconv"
     dropout: float = 0.5
+    # ablations: without the connections across the net; with zeros around each map, so that none shrinks
+    skips: bool = True
+    padding: str = "valid"
     # None: tiles that fit the images, 572 at most
     tile: int | None = None
     # "6GB": instead of a tile, the fastest way to train that fits; a GPU's memory, or what a CPU's process allocates
     memory: str | None = None
     # "level": less memory, a third more time, the same bits. None: "none", or what fits `memory`
     recompute: str | None = None
-    # of the maps; weights and losses are float32 always. None: float32, or what is faster inside `memory`
+    # of the maps; weights and losses are float32 always. None: bfloat16 on a GPU that has it, float32 elsewhere, or
+    # what is faster inside `memory`. float16 comes with a scaled loss
     precision: str | None = None
+    # the same bits every time on a GPU too, where that costs speed
+    deterministic: bool = False
     # "tile": a step sees `batch` tiles; "image": `batch` whole images, tile by tile, however large they are
     accumulate: str = "tile"
-    # the paper: one tile a step, momentum 0.99 so that many tiles decide an update
+    # the paper: one tile a step, momentum 0.99 so that many tiles decide an update. With several processes, of all
     batch: int = 1
+    # of those, how many go through the net together; the gradients of the others are added up. None: all of a process
+    at_once: int | None = None
     momentum: float = 0.99
     steps: int | None = None
     epochs: int | None = None
@@ -80,6 +88,8 @@ class TrainConfig:
     # gradients longer than this are scaled down to it; one bad tile then cannot throw the net away. 0: never
     clip: float = 1.0
     weight_decay: float = 0.0
+    # a step whose loss or gradient is no number changes nothing; after so many in a row the run ends
+    most_skipped: int = 25
     # Eq. 2 of the paper; border_weight 0 leaves the ridge out
     border_weight: float = 10.0
     border_sigma: float = 5.0
@@ -102,6 +112,14 @@ class TrainConfig:
     validation: float = 0.1
     validate_every: int | None = None
     log_every: int = 20
+    # a state is kept at each validation, and where those are far apart, after so many minutes
+    keep_minutes: float = 5.0
+    # threads that draw tiles ahead of the net; the tiles are the same. None: 2 where a GPU waits for them, else 0
+    workers: int | None = None
+    # where the images lie: "device", "host", or, "auto", on a GPU that has room for them
+    images_on: str = "auto"
+    # curves for TensorBoard too, beside log.csv
+    tensorboard: bool = False
     seed: int = 0
     device: str = "auto"
 
@@ -124,7 +142,7 @@ class TrainConfig:
                 raise BadInput(str(error)) from error
         if self.steps is not None and self.epochs is not None:
             raise BadInput(f"steps and epochs cannot both be given, got {self.steps} and {self.epochs}")
-        for name in ("steps", "epochs", "batch", "log_every", "validate_every"):
+        for name in ("steps", "epochs", "batch", "at_once", "log_every", "validate_every", "most_skipped"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} must be 1 or more, got {value}")
@@ -136,13 +154,19 @@ class TrainConfig:
         for name in ("border_weight", "elastic", "clip", "weight_decay", "noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise BadInput(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if not 0 < self.border_sigma < math.inf:
-            raise BadInput(f"border_sigma must be above 0, got {self.border_sigma}")
+        for name in ("border_sigma", "keep_minutes"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInput(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.workers is not None and not 0 <= self.workers <= 64:
+            raise BadInput(f"workers must be 0 to 64, got {self.workers}")
         for name in ("grey", "foreground"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if self.foreground and self.accumulate == "image":
             raise BadInput(f"foreground must be 0 where whole images are drawn, got {self.foreground}")
+        if self.padding == "same" and (self.memory is not None or self.accumulate == "image"):
+            what = "memory" if self.memory is not None else "accumulate image"
+            raise BadInput(f"padding must be valid with {what}: tiles of a padded net do not join exactly, got 'same'")
         if not 1 <= self.zoom <= 4:
             raise BadInput(f"zoom must lie between 1 and 4, got {self.zoom}")
         if self.grid < 2:
@@ -159,7 +183,9 @@ class TrainConfig:
             ("label_kind", ("auto", "binary", "class", "instance")),
             ("up_mode", ("deconv", "resize")),
             ("recompute", (None, "none", "level")),
-            ("precision", (None, "float32", "bfloat16")),
+            ("precision", (None, "float32", "bfloat16", "float16")),
+            ("padding", ("valid", "same")),
+            ("images_on", ("auto", "device", "host")),
             ("accumulate", ("tile", "image")),
             ("border_region", ("background", "all")),
         ):

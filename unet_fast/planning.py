@@ -24,10 +24,12 @@ from .memory import estimate
 from .model import FastUNet
 from .units import readable
 
-__all__ = ["PRECISIONS", "RECOMPUTE", "Choice", "Setting", "Trial", "choose", "counted_bytes"]
+__all__ = ["OFFERED", "PRECISIONS", "RECOMPUTE", "Choice", "Setting", "Trial", "choose", "counted_bytes"]
 
 # of the maps; weights, their gradients and the loss are float32
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# what is chosen from by itself: float16 has too few exponents for some gradients, and is only for who asks for it
+OFFERED = ("float32", "bfloat16")
 RECOMPUTE = ("none", "level")
 
 # where a way was measured at one tile only, a larger one takes at most so much for each byte counted more
@@ -54,7 +56,7 @@ _NOISE = 0.97
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A way to train: side of the tile that goes in, "float32" or "bfloat16", "none" or "level"."""
+    """A way to train: side of the tile that goes in, one of PRECISIONS, "none" or "level"."""
 
     tile_in: int
     precision: str = "float32"
@@ -116,7 +118,7 @@ def choose(
     headroom: float = 1.0,
     batch: int = 1,
     device: torch.device | str = "cuda",
-    precisions: Sequence[str] = tuple(PRECISIONS),
+    precisions: Sequence[str] = OFFERED,
     recompute: Sequence[str] = RECOMPUTE,
     say: Callable[[str], None] = lambda _: None,
 ) -> Choice:

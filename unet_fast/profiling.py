@@ -23,7 +23,7 @@ from .layers import Layers
 from .measuring import CONTEXT_BYTES, Apart, Measured, Meter, is_out_of_memory, roof_tflops
 from .memory import Estimate, estimate, largest_tile
 from .model import FastUNet
-from .planning import PRECISIONS, RECOMPUTE
+from .planning import OFFERED, PRECISIONS, RECOMPUTE
 from .storage import load, pick_device
 from .units import bytes_of, readable
 
@@ -278,7 +278,7 @@ def report(
     ways = [
         Way(mode, precision, again)
         for mode in modes
-        for precision in precisions or PRECISIONS
+        for precision in precisions or OFFERED
         for again in ((recompute or RECOMPUTE) if mode == "train" else ("none",))
     ]
     if budget is not None and all(_largest(fast, way, batch, budget, where) is None for way in ways):

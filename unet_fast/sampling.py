@@ -28,7 +28,7 @@ class Sampler:
 
     def __init__(self, examples: Sequence[Example], config: TrainConfig, tile: int) -> None:
         self.examples, self.config, self.tile = examples, config, tile
-        self.tile_out = geometry.output_size(tile, config.depth)
+        self.tile_out = self._answered(tile)
         self.warp = ElasticWarp(
             config.grid,
             config.elastic,
@@ -76,6 +76,10 @@ class Sampler:
         """(rows and columns of what is drawn of an example, the tile that its elastic grid is laid over)."""
         return (self._covering(example), _GRID_TILE) if self.whole else ((self.tile, self.tile), self.tile)
 
+    def _answered(self, side: int) -> int:
+        """Side of what the net says of a tile."""
+        return side if self.config.padding == "same" else geometry.output_size(side, self.config.depth)
+
     def _covering(self, example: Example) -> tuple[int, int]:
         return covering_tile(example.instances.shape, depth=self.config.depth, up_mode=self.config.up_mode)
 
@@ -87,7 +91,7 @@ class Sampler:
         example = self.examples[self.order[int(shuffled[index])]]
         generator = ElasticWarp.generator(self.config.seed, epoch, index)
         sides, grid_tile = self._sides(example)
-        answered = tuple(geometry.output_size(n, self.config.depth) for n in sides)
+        answered = tuple(self._answered(n) for n in sides)
         image, instances = self.warp.draw_tile(
             example.image, example.instances, sides, (answered[0], answered[1]), generator, grid_tile=grid_tile
         )

@@ -45,7 +45,7 @@ from .measuring import Apart, Measured, Meter, capped, give_back, is_out_of_memo
 from .memory import largest_tile
 from .model import FastUNet
 from .normalisation import Normalisation
-from .planning import PRECISIONS, RECOMPUTE, Choice, Setting, choose, counted_bytes
+from .planning import OFFERED, PRECISIONS, RECOMPUTE, Choice, Setting, choose, counted_bytes
 from .progress import Progress
 from .sampling import Sampler
 from .storage import MODEL, load, pick_device, save
@@ -170,7 +170,13 @@ class _Task:
         with torch.random.fork_rng([]):
             torch.manual_seed(config.seed)
             model = FastUNet(
-                self.data.channels, self.classes, config.features, up_mode=config.up_mode, dropout=config.dropout
+                self.data.channels,
+                self.classes,
+                config.features,
+                up_mode=config.up_mode,
+                dropout=config.dropout,
+                skips=config.skips,
+                padding=config.padding,
             )
         model.to(self.device)
         model.recompute = config.recompute or "none"
@@ -307,7 +313,7 @@ def _precisions(device: torch.device) -> list[str]:
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return ["float32"]
     # what a device computes in float32 anyway is neither faster nor smaller
-    return [name for name, dtype in PRECISIONS.items() if unet_kernels.multiplies_in(device, dtype) == dtype]
+    return [name for name in OFFERED if unet_kernels.multiplies_in(device, PRECISIONS[name]) == PRECISIONS[name]]
 
 
 def _to_stderr(text: str) -> None:

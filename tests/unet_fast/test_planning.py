@@ -20,11 +20,11 @@ from unet_fast import FastUNet, geometry, planning
 from unet_fast.errors import BadInput
 from unet_fast.layers import Layers
 from unet_fast.measuring import Measured
-from unet_fast.planning import PRECISIONS, RECOMPUTE, Choice, Setting, Trial, choose, counted_bytes
+from unet_fast.planning import OFFERED, RECOMPUTE, Choice, Setting, Trial, choose, counted_bytes
 from unet_fast.units import bytes_of, readable
 
 MB = 10**6
-WAYS = tuple(product(PRECISIONS, RECOMPUTE))
+WAYS = tuple(product(OFFERED, RECOMPUTE))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -253,7 +253,7 @@ def test_a_budget_that_a_refusal_names_is_enough_in_the_end(situation: Situation
     pytest.fail("refused again and again")
 
 
-@given(situations(), st.sampled_from(list(PRECISIONS)), st.sampled_from(RECOMPUTE))
+@given(situations(), st.sampled_from(OFFERED), st.sampled_from(RECOMPUTE))
 def test_only_what_is_allowed_is_tried(situation: Situation, precision: str, recompute: str) -> None:
     machine = situation[0]
     chosen_or_refused(*situation, precisions=[precision], recompute=[recompute])
@@ -420,9 +420,9 @@ def test_of_two_that_are_nearly_as_fast_the_larger_tile_is_taken() -> None:
         assert choose(NET, 10**9, TILES[:2], speeds(*each), **PLAINLY).setting.tile_in == taken
 
 
-@pytest.mark.parametrize("faster", PRECISIONS)
+@pytest.mark.parametrize("faster", OFFERED)
 def test_the_faster_precision_is_chosen(faster: str) -> None:
-    machine = Machine(NET, rates={name: 4e10 if name == faster else 1e10 for name in PRECISIONS})
+    machine = Machine(NET, rates={name: 4e10 if name == faster else 1e10 for name in OFFERED})
     assert machine.choose(100 * MB, TILES).setting.precision == faster
 
 
