@@ -196,6 +196,10 @@ def demo(
         run(out, seed=seed, quick=quick)
 
 
+# of `train`: what is said of this call, and not of the run
+_NO_SETTINGS = ("config", "resume", "accept_changed_data", "quiet", "features", "preset")
+
+
 @app.command()
 def train(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the run.")] = None,
@@ -204,6 +208,9 @@ def train(
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these settings; flags win.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")
+    ] = False,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="Go on with --resume though images or labels have changed.")
     ] = False,
     label_kind: Annotated[LabelKind | None, typer.Option(help=_KIND + " Default: auto.")] = None,
     ignore: Ignore = None,
@@ -307,7 +314,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train a U-Net on images and labels, as the paper did; everything about the run lies in --out."""
-    given = {k: v for k, v in locals().items() if k not in ("config", "resume", "quiet", "features", "preset")}
+    given = {k: v for k, v in locals().items() if k not in _NO_SETTINGS}
     given = {k: v.value if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None}
     if features is not None:
         given["features"] = _numbers("--features", features)
@@ -330,8 +337,10 @@ def train(
             if needed not in given:
                 raise typer.BadParameter("must be given, here or in --config", param_hint=f"--{needed}")
         settings = resumed_config(**{"out": out, **given}) if resume else TrainConfig.from_dict(given)
-        result = train(settings, resume=resume, progress=not quiet)
-        typer.echo(f"best model (step {result.best_step}): {result.run / 'model.safetensors'}", err=True)
+        result = train(settings, resume=resume, progress=not quiet, accept_changed_data=accept_changed_data)
+        if os.environ.get("RANK", "0") == "0":
+            # of several processes one speaks
+            typer.echo(f"best model (step {result.best_step}): {result.run / 'model.safetensors'}", err=True)
 
 
 def _numbers(name: str, text: str) -> list[int]:

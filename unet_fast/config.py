@@ -167,6 +167,8 @@ class TrainConfig:
         if self.padding == "same" and (self.memory is not None or self.accumulate == "image"):
             what = "memory" if self.memory is not None else "accumulate image"
             raise BadInput(f"padding must be valid with {what}: tiles of a padded net do not join exactly, got 'same'")
+        if self.at_once is not None and self.accumulate == "image":
+            raise BadInput(f"at_once must be left out where whole images are drawn, got {self.at_once}")
         if not 1 <= self.zoom <= 4:
             raise BadInput(f"zoom must lie between 1 and 4, got {self.zoom}")
         if self.grid < 2:

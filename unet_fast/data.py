@@ -25,6 +25,7 @@ from .pairs import Pairing, pair
 __all__ = [
     "LABEL_KINDS",
     "Example",
+    "Grey",
     "Labelled",
     "agreed",
     "check_finite",
@@ -48,29 +49,63 @@ _FEW = 5
 
 
 @dataclass(frozen=True, slots=True)
+class Grey:
+    """Grey values as a file of whole numbers has them, and what becomes of them: `Normalisation`'s, to the last bit.
+
+    values [C, H, W] uint8 or uint16; low and span [C, 1, 1] float64, NaN where they are taken as they are.
+    """
+
+    values: Tensor
+    low: Tensor
+    span: Tensor
+
+    def normalised(self, here: Any = ...) -> Tensor:
+        """(values - low) / span, from 0 to 1, in float64; float32 comes out. Of a part, if one likes."""
+        values = self.values[here].double()
+        scaled = ((values - self.low) / self.span).clamp(0, 1)
+        return torch.where(self.low.isnan(), values, scaled).float()
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One slice to learn from.
 
-    image [C, H, W] float32, normalised; instances [H, W] int32; class_of [highest id + 1] int64, the class of each id.
+    image [C, H, W] float32, normalised; instances [H, W] int32; class_of [highest id + 1] int64, the class of each id;
+    grey: what the image was made of, where that takes less memory.
     """
 
     name: str
     image: Tensor
     instances: Tensor
     class_of: Tensor
+    grey: Grey | None = None
+
+    @property
+    def one_kind(self) -> bool:
+        """Whether all cells are of one class."""
+        return int(self.class_of.max()) <= 1
 
     def target(self) -> Tensor:
         """Class of each pixel [H, W] int64: that of its cell, 0 in background and gaps, -1 where ignored."""
         return target_of(self.instances[None], self.class_of)[0]
 
+    def rows(self, first: int, stop: int) -> "Example":
+        """Some of its rows, as an example."""
+        grey = self.grey and Grey(self.grey.values[:, first:stop], self.grey.low, self.grey.span)
+        name = f"{self.name} rows {first}-{stop - 1}"
+        return Example(name, self.image[:, first:stop], self.instances[first:stop], self.class_of, grey)
 
-def target_of(instances: Tensor, class_of: Tensor) -> Tensor:
+
+def target_of(instances: Tensor, class_of: Tensor, *, one_kind: bool | None = None) -> Tensor:
     """Class ids [N, H, W] int64 of instances [N, H, W], -1 where ignored.
+
+    `one_kind`: whether no class is above 1, for who knows it without asking the device.
 
     Where two cells of one kind touch, a gap of background is cut between them. Of several classes no gap is cut: cells
     of one class are its connected parts and never touch, and what lies beside another class belongs there.
     """
-    cut = (unet_kernels.cut_gap(instances) if class_of.max() <= 1 else instances).long()
+    one_kind = bool(class_of.max() <= 1) if one_kind is None else one_kind
+    cut = (unet_kernels.cut_gap(instances) if one_kind else instances).long()
     return torch.where(cut < 0, -1, class_of[cut.clamp(min=0)])
 
 
@@ -123,12 +158,23 @@ def read_labelled(
     normalise = normalisation or Normalisation()
     examples = []
     for (picture, _), values in zip(stacks, maps, strict=True):
-        for name, plane, ids in zip(picture.names, normalise(picture.pixels), values, strict=True):
-            examples.append(Example(name, torch.from_numpy(plane), *instances_of(ids, kind)))
+        for name, plane, ids in zip(picture.names, picture.pixels, values, strict=True):
+            image = torch.from_numpy(normalise(plane))
+            examples.append(Example(name, image, *instances_of(ids, kind), _grey(plane, normalise)))
     if not any((e.instances > 0).any() for e in examples):
         raise BadInput(f"{labels} has no cell in any of {len(examples)} label images; there is nothing to learn")
     classes = facts["highest"] + 1 if kind == "class" else 2
     return Labelled(examples, kind, classes, channels, pairing, facts)
+
+
+def _grey(plane: np.ndarray[Any, Any], normalisation: Normalisation) -> Grey | None:
+    """Of a slice [C, H, W]; None where its file has other numbers than 8 or 16 bits, 0 and above."""
+    if plane.dtype not in (np.uint8, np.uint16):
+        return None
+    # in this machine's order of bytes, and nobody else's memory
+    values = torch.from_numpy(plane.astype(plane.dtype.newbyteorder("=")))
+    low, span = (torch.from_numpy(each) for each in normalisation.ends(plane))
+    return Grey(values, low, span)
 
 
 def refuse_unmatched(pairing: Pairing, images: Path, labels: Path) -> None:
@@ -310,9 +356,7 @@ def split(examples: Sequence[Example], share: float) -> tuple[list[Example], lis
     if rows == 1:
         return [only], []
     cut = rows - min(rows - 1, max(1, round(share * rows)))
-    above = Example(f"{only.name} rows 0-{cut - 1}", only.image[:, :cut], only.instances[:cut], only.class_of)
-    below = Example(f"{only.name} rows {cut}-{rows - 1}", only.image[:, cut:], only.instances[cut:], only.class_of)
-    return [above], [below]
+    return [only.rows(0, cut)], [only.rows(cut, rows)]
 
 
 def class_balance(dataset: Iterable[Any]) -> tuple[float, ...]:

@@ -31,6 +31,7 @@ __all__ = [
     "list_images",
     "natural",
     "one_line",
+    "plain_mode",
     "read_picture",
     "read_stack",
     "replacing",
@@ -296,15 +297,20 @@ def replacing(path: Path, within: Path | None = None) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         # mkstemp makes files that only their owner reads; lab mates are readers too
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(plain_mode())
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
         raise BadInput(f"{path} cannot be written: {error.strerror or f'{error}; is the disk full?'}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def plain_mode() -> int:
+    """The permissions that a new file has."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def sync_folder(path: Path) -> None:

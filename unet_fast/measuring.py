@@ -30,6 +30,7 @@ from .units import readable
 __all__ = [
     "CONTEXT_BYTES",
     "Apart",
+    "Busy",
     "Measured",
     "Meter",
     "Watch",
@@ -209,6 +210,47 @@ class Watch:
         with _PAGES.open("rb", buffering=0) as file:
             while not self._done.wait(self.every_s):
                 self.greatest = max(self.greatest, _held(file))
+
+
+class Busy:
+    """The share of time in which a device was at work, between its first and its last kernel of each piece of work.
+
+    with busy: ...
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds, self._events = 0.0, list[tuple[Any, Any]]()
+        self._since = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        if self.device.type == "cuda":
+            self._events.append((self._event(), torch.cuda.Event(enable_timing=True)))
+        else:
+            self._began = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            self._events[-1][1].record(torch.cuda.current_stream(self.device))
+        else:
+            self._seconds += time.perf_counter() - self._began
+
+    def share(self) -> float:
+        """Since it was last asked; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            self._seconds = sum(first.elapsed_time(last) for first, last in self._events) / 1e3
+        now = time.perf_counter()
+        found = self._seconds / max(now - self._since, 1e-9)
+        self._seconds, self._since = 0.0, now
+        self._events.clear()
+        return min(1.0, found)
+
+    def _event(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
 
 def _held(file: BinaryIO | None = None) -> int:

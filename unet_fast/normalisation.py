@@ -39,11 +39,21 @@ class Normalisation:
 
     def __call__(self, image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Normalise [..., H, W] of any real dtype to float32; NaN stays NaN in that plane only."""
-        if self.kind != "percentile":
-            return self.scaled(image, self.low, self.high)
+        if self.kind == "none":
+            return image.astype(np.float32)
+        low, span = self.ends(image)
+        return _scaled(image, low, span)
+
+    def ends(self, image: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Of [..., H, W], the grey value that becomes 0 and how far above it that of 1 is: float64 [..., 1, 1], NaN
+        where grey values stay as they are."""
+        if self.kind == "none":
+            nothing = np.full((*image.shape[:-2], 1, 1), np.nan)
+            return nothing, nothing
         planes = image.reshape(-1, image.shape[-2] * image.shape[-1])
         limits = np.array([self.limits(plane) for plane in planes], np.float64).reshape(*image.shape[:-2], 2)
-        return self.scaled(image, limits[..., :1, None], limits[..., 1:, None])
+        low, high = limits[..., :1, None], limits[..., 1:, None]
+        return low, _span(low, high)
 
     def limits(self, plane: np.ndarray[Any, Any]) -> tuple[float, float]:
         """The grey values of a plane, flat, that become 0 and 1."""
@@ -73,11 +83,18 @@ class Normalisation:
         """`low` to 0, `high` to 1, clipped; float32."""
         if self.kind == "none":
             return image.astype(np.float32)
-        # in float64: a uint16 range of 1 in 60000 must not vanish, and whole numbers would wrap around
         low, high = np.asarray(low, np.float64), np.asarray(high, np.float64)
-        # a plane of one grey value becomes 0
-        span = np.where(high > low, high - low, np.where(np.isnan(low), np.nan, np.inf))
-        return np.clip((image - low) / span, 0, 1).astype(np.float32)
+        return _scaled(image, low, _span(low, high))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _span(low: np.ndarray[Any, Any], high: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    # a plane of one grey value becomes 0
+    return np.where(high > low, high - low, np.where(np.isnan(low), np.nan, np.inf))
+
+
+def _scaled(image: np.ndarray[Any, Any], low: np.ndarray[Any, Any], span: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    # in float64: a uint16 range of 1 in 60000 must not vanish, and whole numbers would wrap around
+    return np.clip((image - low) / span, 0, 1).astype(np.float32)

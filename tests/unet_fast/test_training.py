@@ -18,7 +18,22 @@ import torch
 from torch import Tensor
 
 import unet_kernels as uk
-from unet_fast import FastUNet, TrainConfig, class_balance, load, metrics, predict, synthetic, train, training
+from unet_fast import (
+    BorderWeightedCrossEntropy,
+    FastUNet,
+    TrainConfig,
+    checkpoints,
+    class_balance,
+    load,
+    metrics,
+    predict,
+    synthetic,
+    train,
+    training,
+)
+from unet_fast import (
+    run as running,
+)
 from unet_fast.cells import find_cells
 from unet_fast.data import read_labelled, split
 from unet_fast.errors import BadInput
@@ -27,6 +42,8 @@ from unet_fast.normalisation import Normalisation
 from unet_fast.sampling import Sampler
 from unet_fast.storage import MODEL, read_tensors
 from unet_fast.validation import Validation
+
+STATE_FILES = ("MANIFEST.json", "optimizer.safetensors", "state.json", "weights.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +69,10 @@ def config(drawn: Path, out: Path, **more: Any) -> TrainConfig:
 
 def digest(path: Path) -> str:
     """sha256 of all tensors of a file."""
-    tensors, _ = read_tensors(path)
+    return sha256_of(read_tensors(path)[0])
+
+
+def sha256_of(tensors: dict[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(name.encode() + tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -62,9 +82,15 @@ def digest(path: Path) -> str:
 def outcome(run: Path) -> tuple[list[str], str, str, list[dict[str, Any]]]:
     """All that a run came to, but for how long it took: names, the best and the last weights, the log."""
     names = sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
-    log = [{k: v for k, v in row.items() if k != "seconds"} for row in training.read_log(run / "log.csv")]
-    last = sorted((run / "checkpoints").iterdir())[-1]
-    return names, digest(run / MODEL), digest(last), log
+    clocks = ("seconds", "busy")
+    log = [{k: v for k, v in row.items() if k not in clocks} for row in training.read_log(run / "log.csv")]
+    last = checkpoints.read(checkpoints.checkpoints(run)[-1])
+    return (
+        names,
+        digest(run / MODEL),
+        sha256_of({**last.weights, **{f"m.{k}": v for k, v in last.optimizer.items()}}),
+        log,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +113,14 @@ def blank_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_leaves_its_settings_its_log_its_best_model_and_two_states(drawn: Path, finished: Path) -> None:
     names, _, _, _ = outcome(finished)
     assert names == [
-        "checkpoints/00000006.safetensors",
-        "checkpoints/00000007.safetensors",
+        *(f"checkpoints/{step}/{name}" for step in ("00000006", "00000007") for name in STATE_FILES),
         "config.toml",
         "curves.png",
         "log.csv",
         MODEL,
+        "overlays.npz",
         "run.json",
+        "scores.csv",
     ]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
     settings = TrainConfig.read(finished / "config.toml")
@@ -118,9 +145,8 @@ def test_the_log_has_the_columns_of_the_contract(finished: Path) -> None:
         header, *rows = list(csv.reader(file))
     assert tuple(header) == training.LOG_COLUMNS
     assert header == [
-        "step", "epoch", "lr", "loss", "val_loss", "val_iou", "val_pixel_error", "val_threshold", "val_cell_iou",
-        "val_ap50", "best",
-        "seconds",
+        "step", "epoch", "lr", "loss", "skipped", "val_loss", "val_iou", "val_pixel_error", "val_threshold",
+        "val_cell_iou", "val_ap50", "best", "busy", "seconds",
     ]  # fmt: skip
     log = training.read_log(finished / "log.csv")
     assert len(log) == len(rows)
@@ -215,16 +241,16 @@ def _half_an_update(count: int) -> Callable[..., Any]:
 
 
 INTERRUPTIONS: dict[str, tuple[Any, str, Callable[[Callable[..., Any]], Callable[..., Any]]]] = {
-    "before the first step": (training._Run, "one_step", lambda m: _after(1, m)),
-    "before a step": (training._Run, "one_step", lambda m: _after(5, m)),
-    "after a logged step": (training._Run, "one_step", lambda m: _after(3, m)),
+    "before the first step": (running.Run, "one_step", lambda m: _after(1, m)),
+    "before a step": (running.Run, "one_step", lambda m: _after(5, m)),
+    "after a logged step": (running.Run, "one_step", lambda m: _after(3, m)),
     "in a forward pass": (FastUNet, "forward", lambda m: _after(2, m)),
-    "in the first validation": (Validation, "scores", lambda m: _after(1, m)),
-    "in a later validation": (Validation, "scores", lambda m: _after(2, m)),
-    "in the last validation": (Validation, "scores", lambda m: _after(3, m)),
-    "as the best model is written": (training, "save", lambda m: _after(1, m)),
-    "as the log is written": (training._Run, "_write_log", lambda m: _after(4, m)),
-    "as a state is written": (training._Run, "keep_state", lambda m: _after(2, m)),
+    "in the first validation": (Validation, "judge", lambda m: _after(1, m)),
+    "in a later validation": (Validation, "judge", lambda m: _after(2, m)),
+    "in the last validation": (Validation, "judge", lambda m: _after(3, m)),
+    "as the best model is written": (running, "save", lambda m: _after(1, m)),
+    "as the log is written": (running.Run, "_write_log", lambda m: _after(4, m)),
+    "as a state is written": (running.Run, "keep_state", lambda m: _after(2, m)),
     "in the middle of an update": (torch.optim.SGD, "step", lambda m: _half_an_update(5)),
 }
 QUICK = ("before a step", "in a later validation", "as a state is written", "in the middle of an update")
@@ -258,7 +284,7 @@ def test_maps_that_are_made_again_change_no_bit_and_may_be_asked_for_at_any_time
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "one_step", _after(4, training._Run.one_step))
+        patch.setattr(running.Run, "one_step", _after(4, running.Run.one_step))
         with pytest.raises(KeyboardInterrupt):
             train(config(drawn, run, recompute="level"), progress=False)
     train(config(drawn, run, recompute="none"), resume=True, progress=False)
@@ -272,11 +298,11 @@ def test_killed_where_it_stood_a_run_ends_the_same(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         # what SIGKILL leaves: no handler ran
-        patch.setattr(training._Run, "keep_state", _once(training._Run.keep_state))
-        patch.setattr(training._Run, "one_step", _after(6, training._Run.one_step))
+        patch.setattr(running.Run, "keep_state", _once(running.Run.keep_state))
+        patch.setattr(running.Run, "one_step", _after(6, running.Run.one_step))
         with pytest.raises(KeyboardInterrupt):
             train(config(drawn, run), progress=False)
-    assert [p.stem for p in (run / "checkpoints").iterdir()] == ["00000003"]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["00000003"]
     train(training.resumed_config(run), resume=True, progress=False)
     assert outcome(run)[1:] == outcome(finished)[1:]
 
@@ -302,16 +328,17 @@ def test_a_damaged_state_falls_back_to_the_one_before(
     run = tmp_path / "run"
     train(config(drawn, run), progress=False)
     before = outcome(run)
-    newest = run / "checkpoints" / "00000007.safetensors"
+    newest = run / "checkpoints" / "00000007" / "weights.safetensors"
     whole = newest.read_bytes()
     flipped = bytearray(whole)
     flipped[-5] ^= 4
     newest.write_bytes({"truncated": whole[:-3], "a flipped bit": bytes(flipped), "emptied": b""}[damage])
     train(config(drawn, run), resume=True, progress=False)
-    assert "00000007.safetensors is damaged" in capsys.readouterr().err
-    assert outcome(run) == before
-    for state in (run / "checkpoints").iterdir():
-        state.write_bytes(b"")
+    assert "00000007/weights.safetensors is damaged: it" in capsys.readouterr().err
+    # the damaged one is no longer among the last two, which are as they were
+    assert outcome(run)[1:] == before[1:]
+    for state in checkpoints.checkpoints(run):
+        (state / "state.json").write_bytes(b"")
     with pytest.raises(BadInput, match="has no checkpoint that is whole"):
         train(config(drawn, run), resume=True, progress=False)
 
@@ -353,7 +380,7 @@ def test_what_is_left_open_on_resume_is_as_it_was(drawn: Path, tmp_path: Path, m
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(config(drawn, whole, **settings), progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(training._Run, "one_step", _after(4, training._Run.one_step))
+        patch.setattr(running.Run, "one_step", _after(4, running.Run.one_step))
         with pytest.raises(KeyboardInterrupt):
             train(config(drawn, run, **settings), progress=False)
     train(config(drawn, run, **dict.fromkeys(settings)), resume=True, progress=False)
@@ -420,18 +447,34 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_written(
 
 def test_a_run_that_diverges_says_so_and_keeps_no_wreck(drawn: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(BadInput, match=r"the loss became (nan|inf) at step \d+; a smaller lr than 1e\+30 is needed"):
-        train(config(drawn, run, lr=1e30, clip=0, warmup=0, log_every=1), progress=False)
-    for path in run.rglob("*.safetensors"):
-        tensors, _ = read_tensors(path)
-        assert all(t.isfinite().all() for t in tensors.values()), path
+    settings = config(drawn, run, lr=1e30, clip=0, warmup=0, log_every=1, most_skipped=4, validate_every=7)
+    with pytest.raises(BadInput) as raised:
+        train(settings, progress=False)
+    said = "4 steps in a row had a loss or a gradient that is no number, at step 5; a smaller lr than 1e+30 is needed"
+    assert str(raised.value) == said
+    assert not list(run.rglob("*.safetensors"))
+
+
+def test_a_net_that_says_no_number_is_never_the_best_model(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = config(drawn, run, lr=1e30, clip=0, warmup=0, log_every=1, steps=3, validate_every=1)
+    with pytest.raises(BadInput, match="no model was ever worth saving: what the net says is no number, at step 3"):
+        train(settings, progress=False)
+    assert not (run / MODEL).exists()
+    log = training.read_log(run / "log.csv")
+    assert [row["skipped"] for row in log] == [0, 1, 1]
+    assert [row["best"] for row in log] == [0, 0, 0]
+    assert all(math.isnan(row["val_loss"] or 0.0) for row in log)
+    assert not checkpoints.checkpoints(run)
 
 
 def test_an_update_that_throws_the_net_away_is_noticed_before_it_is_saved(drawn: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     # the loss of the first step is a number; the weights after it are not
-    settings = config(drawn, run, lr=3e38, momentum=0, clip=1e30, warmup=0, steps=2, validate_every=1)
-    with pytest.raises(BadInput, match="the loss became nan at step 1"):
+    settings = config(
+        drawn, run, lr=3e38, momentum=0, clip=1e30, warmup=0, steps=2, validate_every=1, border_weight=1e4
+    )
+    with pytest.raises(BadInput, match="the weights became infinite or no number, at step 1; a smaller lr"):
         train(settings, progress=False)
     assert not list(run.rglob("*.safetensors"))
 
@@ -494,9 +537,9 @@ def test_one_image_is_split_by_rows(drawn: Path, tmp_path: Path) -> None:
 def test_without_validation_the_last_model_is_the_best(drawn: Path, tmp_path: Path) -> None:
     result = train(config(drawn, tmp_path / "run", validation=0.0), progress=False)
     assert result.best_step == 7
-    last, _ = read_tensors(result.run / "checkpoints" / "00000007.safetensors")
+    last = checkpoints.read(result.run / "checkpoints" / "00000007").weights
     for name, value in result.model.state_dict().items():
-        assert torch.equal(value, last[f"net.{name}"])
+        assert torch.equal(value, last[name])
     assert all(row["val_iou"] is None for row in result.log)
 
 
@@ -565,13 +608,6 @@ def test_what_folds_is_reported(drawn: Path, tmp_path: Path, capsys: pytest.Capt
     assert torch.equal(sampler.batch(0)[0], before)
 
 
-def test_a_run_from_before_there_was_a_foreground_goes_on(drawn: Path, tmp_path: Path) -> None:
-    before = {k: v for k, v in config(drawn, tmp_path).as_dict().items() if k != "foreground"}
-    assert training._continued(config(drawn, tmp_path), before).foreground == 0
-    with pytest.raises(BadInput, match=r"foreground was 0\.0 when the run began and is 0\.5 now"):
-        training._continued(config(drawn, tmp_path, foreground=0.5), before)
-
-
 def test_a_batch_of_two_holds_the_tiles_of_two_steps(drawn: Path) -> None:
     one, two = sampler(drawn), sampler(drawn, batch=2)
     assert two.per_epoch == 2
@@ -597,7 +633,7 @@ def test_ignored_pixels_do_not_reach_the_weights(drawn: Path) -> None:
     instances[:, 8:20, 8:18] = 1
     instances[:, 10:30, 22:30] = -1
     target = (instances > 0).long()
-    loss = training.BorderWeightedCrossEntropy(class_weight=(0.5, 2.0))
+    loss = BorderWeightedCrossEntropy(class_weight=(0.5, 2.0))
     torch.manual_seed(0)
     model = FastUNet(features=(2,))
     x = torch.randn(1, 1, 40, 40)
