@@ -50,8 +50,13 @@ class State:
 
 def checkpoints(out: Path) -> list[Path]:
     """Those of the run in `out`, oldest first."""
-    found = [(match, path) for path in (out / "checkpoints").glob("*") if (match := _NAME.fullmatch(path.name))]
-    return [path for match, path in sorted(found, key=lambda pair: (int(pair[0][1]), int(pair[0][2] or 0)))]
+    return sorted((path for path in (out / "checkpoints").glob("*") if _NAME.fullmatch(path.name)), key=_order)
+
+
+def _order(place: Path) -> tuple[int, int]:
+    """Its step, and its number among the states of that step."""
+    step, _, number = place.name.partition("-")
+    return int(step), int(number or 0)
 
 
 def newest(out: Path) -> State:
@@ -108,7 +113,9 @@ def keep(out: Path, step: int, state: State, *, best_step: int | None = None) ->
         BadInput: it cannot be written; what was there stays as it was.
     """
     folder = out / "checkpoints"
-    place = _free_place(folder, step)
+    # later than all there are, and than those that there were
+    numbers = [number for of, number in map(_order, checkpoints(out)) if of == step]
+    place = folder / (f"{step:08d}-{max(numbers) + 1}" if numbers else f"{step:08d}")
     writing = folder / f"{_WRITING}{place.name}"
     try:
         try:
@@ -138,14 +145,6 @@ def sweep(out: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _free_place(folder: Path, step: int) -> Path:
-    place, count = folder / f"{step:08d}", 0
-    while place.exists():
-        count += 1
-        place = folder / f"{step:08d}-{count}"
-    return place
-
-
 def _write(place: Path, state: State) -> None:
     save_file(_plain(state.weights), place / WEIGHTS)
     save_file(_plain(state.optimizer), place / OPTIMIZER)
@@ -171,7 +170,7 @@ def _settle(path: Path) -> None:
 
 def _drop(out: Path, best_step: int | None) -> None:
     found = checkpoints(out)
-    of_best = [path for path in found if int(path.name.split("-")[0]) == best_step]
+    of_best = [path for path in found if _order(path)[0] == best_step]
     for old in found[:-2]:
         if old not in of_best[-1:]:
             # half a state must not have a state's name

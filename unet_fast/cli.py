@@ -80,6 +80,11 @@ class Place(StrEnum):
     HOST = "host"
 
 
+class Offered(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 class Arithmetic(StrEnum):
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -529,7 +534,7 @@ def profile(
     ] = None,
     up_mode: Annotated[UpMode | None, typer.Option(help="Up-convolution: deconv (default) or resize.")] = None,
     tiles: Annotated[str | None, typer.Option(help="Sides to look at, such as 188,572; default: a ladder.")] = None,
-    precision: Annotated[Arithmetic | None, typer.Option(help="One only; default: both.")] = None,
+    precision: Annotated[Offered | None, typer.Option(help="One only; default: both.")] = None,
     recompute: Annotated[Recompute | None, typer.Option(help="One only; default: both, in training.")] = None,
     batch: Annotated[int, typer.Option("--batch", "-b", help="Tiles at a time.", min=1)] = 1,
     seconds: Annotated[float, typer.Option(help="For measuring tiles; 0: count only.", min=0.0)] = 60.0,

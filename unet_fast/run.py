@@ -361,20 +361,25 @@ class Run:
     def one_step(self, tiles: int | None = None) -> None:
         """Draw, forward, backward, update; of whole images the first `tiles` only, if that is all one wants to see."""
         drawn = self.feed.take(self.step, self.steps)
-        pixels = self.sampler.pixels(self.step)
         with self.busy:
-            self.stepper.begin()
-            # dropout's draws belong to the tile, not to what was drawn before it; the caller's generators stay
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                if self.config.accumulate == "image":
-                    self._of_images(drawn, pixels, tiles)
-                else:
-                    self._of_tiles(drawn, pixels)
+            loss = self.gradient(drawn, tiles)
             self.updating = True
-            loss = self.stepper.apply(self.lr, pixels)
+            self.stepper.update(self.lr)
             self.step += 1
             self.losses.append(loss)
             self.updating = False
+
+    def gradient(self, drawn: Sequence[tuple[Tensor, ...]], tiles: int | None = None) -> Tensor:
+        """The loss of this step; its gradient stays in the parameters. `drawn`: what the feed gives for it."""
+        pixels = self.sampler.pixels(self.step)
+        self.stepper.begin()
+        # dropout's draws belong to the tile, not to what was drawn before it; the caller's generators stay
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            if self.config.accumulate == "image":
+                self._of_images(drawn, pixels, tiles)
+            else:
+                self._of_tiles(drawn, pixels)
+        return self.stepper.gather(pixels)
 
     def _draw_dropout(self, number: int) -> None:
         """As it is for the tile of that number in the step, whatever went through the net before it."""

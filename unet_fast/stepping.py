@@ -50,7 +50,8 @@ class Stepper:
         for p in self.parameters:
             # what SGD would make at its first step, were that not skipped
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        self.scale = torch.tensor(_FIRST_SCALE if precision == "float16" else 1.0, device=self.device)
+        first = _FIRST_SCALE if precision == "float16" else 1.0
+        self.scale = torch.tensor(first, dtype=torch.float64, device=self.device)
         # steps since the scale was changed; skipped in all; skipped in a row, now and at most since `count`
         self.steady, self.skipped, self.in_a_row, self.longest = (
             torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(4)
@@ -97,30 +98,32 @@ class Stepper:
             yield
 
     @torch.no_grad()
-    def apply(self, lr: float, pixels: int) -> Tensor:
-        """Update the weights, or skip it; the step's loss, a mean over the pixels that count, NaN where skipped for it.
+    def gather(self, pixels: int) -> Tensor:
+        """All processes' gradients as one, of the mean over the pixels that count, no longer than `clip`; its loss.
 
-        Args:
-            lr: learning rate.
-            pixels: as in `add`.
+        `pixels`: as in `add`.
         """
         total, valid = self.ranks.add_up(self._sums).unbind()
         valid = valid.clamp(min=1)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # DistributedDataParallel gives the mean over the processes
-        factor = (self.ranks.world * pixels / valid).float() / self.scale
+        factor = self.ranks.world * pixels / (valid * self.scale)
         length = torch.nn.utils.get_total_norm(gradients) * factor
-        good = length.isfinite() & total.isfinite()
+        self._good = length.isfinite() & total.isfinite()
         if self.clip:
             factor = factor * (self.clip / (length + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+        return (total / valid).float()
+
+    @torch.no_grad()
+    def update(self, lr: float) -> None:
+        """Change the weights, unless loss or gradient is no number."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # fused SGD looks at it on the device, and changes nothing where it is 1
-        self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~self._good).float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        self._count(good)
-        return (total / valid).float()
+        self._count(self._good)
 
     def _count(self, good: Tensor) -> None:
         self.skipped += ~good

@@ -2,8 +2,8 @@
 
 A small library (`faults.c`) is loaded before libc into a process that has imported everything and does nothing but
 fork. Each child is armed to be killed before, in the middle of or after its n-th call that changes a disk, or to find
-the disk full from there on; it then runs `predict_files` and reports, if it lives, what became of it. A fork costs some
-milliseconds, so that every call of a run can be tried.
+the disk full from there on; it then runs `predict_files`, trains, or keeps a state, and reports, if it lives, what
+became of it. A fork costs some milliseconds, so that every call of a run can be tried.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Self
 
-__all__ = ["HOW", "Forks", "Ran", "build", "cut_power", "durable_now"]
+__all__ = ["HOW", "Forks", "Ran", "build", "cut_power", "durable_now", "state_of"]
 
 # as in faults.c
 HOW = ("count", "before", "half", "after", "full")
@@ -147,6 +147,19 @@ class Forks:
         """
         return int(self._ask(do="start", images=images, out=out, **job))
 
+    def train(self, settings: Mapping[str, Any], **job: Any) -> int:
+        """Run `unet_fast.train` in a child; its number.
+
+        Args:
+            settings: of `TrainConfig`; and `resume`.
+            at, how, limit, after_s, signals: as in `start`.
+        """
+        return int(self._ask(do="start", out=settings["out"], training=dict(settings), **job))
+
+    def keep(self, out: Path, step: int, **job: Any) -> Ran:
+        """Keep a state of a small net in a child (`unet_fast.checkpoints.keep`), whose numbers are all `step`."""
+        return self.wait(int(self._ask(do="start", out=out, keeping=step, **job)))
+
     def wait(self, number: int) -> Ran:
         return Ran(**self._ask(do="wait", number=number))
 
@@ -189,7 +202,7 @@ def _serve(library: str) -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from unet_fast import journal, prediction  # noqa: F401 (once, for all children)
+    from unet_fast import journal, prediction, training  # noqa: F401 (once, for all children)
 
     faults = ctypes.CDLL(library)
     children: dict[int, _Child] = {}
@@ -218,7 +231,8 @@ class _Child:
 
 def _start(faults: ctypes.CDLL, job: dict[str, Any], children: dict[int, _Child]) -> int:
     after_s, signals = job.pop("after_s", None), job.pop("signals", [signal.SIGKILL])
-    _loaded(job["model"])
+    if "model" in job:
+        _loaded(job["model"])
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -279,7 +293,8 @@ def _import(name: str) -> None:
 
 
 def _run(
-    faults: ctypes.CDLL, report: Any, *, images: str, out: str, model: str, at: int = 0, how: str = "count",
+    faults: ctypes.CDLL, report: Any, *, out: str, images: str = "", model: str = "",
+    training: dict[str, Any] | None = None, keeping: int | None = None, at: int = 0, how: str = "count",
     durable: str = "", every_s: float = 0.0, sleep_s: float = 0.0, refuse: Mapping[str, str] | None = None,
     limit: int | None = None, traced: bool = False, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
@@ -288,7 +303,7 @@ def _run(
     from unet_fast import journal, prediction
 
     before = set(sys.modules)
-    net = _loaded(model)
+    net = _loaded(model) if model else torch.nn.Identity()
     journal._SECONDS_BETWEEN_SYNCS = every_s
     forwards: list[int] = []
     forward, refuse = net.forward, refuse or {}
@@ -318,8 +333,13 @@ def _run(
     try:
         # here and nowhere else
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        summary = prediction.predict_files(net, Path(images), Path(out), **settings)
-        statuses = [file.status for file in summary.files]
+        if training is not None:
+            statuses = [_train(**training)]
+        elif keeping is not None:
+            statuses = [_keep(Path(out), keeping)]
+        else:
+            summary = prediction.predict_files(net, Path(images), Path(out), **settings)
+            statuses = [file.status for file in summary.files]
     except BaseException as raised:
         error, said = type(raised).__name__, str(raised)
     finally:
@@ -336,6 +356,32 @@ def _run(
         "trace": _read(trace) if traced else [],
         "modules": sorted(set(sys.modules) - before),
     }
+
+
+def _train(*, resume: bool = False, **settings: Any) -> str:
+    from unet_fast import training
+    from unet_fast.config import TrainConfig
+
+    config = TrainConfig.from_dict(settings)
+    # a run that was killed before its first state begins again
+    training.train(config, resume=resume, progress=False)
+    return "trained"
+
+
+def state_of(step: int) -> Any:
+    """A state whose numbers are all `step`."""
+    import torch
+
+    from unet_fast.checkpoints import State
+
+    weights = {f"layer{i}.weight": torch.full((3, 5, i + 1), float(step)) for i in range(3)}
+    return State(weights, {name: t + 0.5 for name, t in weights.items()}, {"step": step, "log": [step] * 50})
+
+
+def _keep(out: Path, step: int) -> str:
+    from unet_fast.checkpoints import keep
+
+    return keep(out, step, state_of(step)).name
 
 
 def _say(report: Any) -> None:

@@ -11,15 +11,29 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from unet_fast import BorderWeightedCrossEntropy, FastUNet, TrainConfig, geometry, synthetic, tiling, train, training
+from unet_fast import (
+    BorderWeightedCrossEntropy,
+    FastUNet,
+    TrainConfig,
+    checkpoints,
+    geometry,
+    synthetic,
+    tiling,
+    train,
+    training,
+)
+from unet_fast import run as running
 from unet_fast.data import read_labelled
 from unet_fast.errors import BadInput
 from unet_fast.files import write_tiff
 from unet_fast.measuring import Meter
+from unet_fast.run import Run
 from unet_fast.sampling import Sampler
-from unet_fast.storage import MODEL, read_tensors
+from unet_fast.storage import MODEL
+from unet_fast.task import prepare
 
 CPU = torch.device("cpu")
 
@@ -60,18 +74,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def config(place: Path, out: Path, **more: Any) -> TrainConfig:
     usual: dict[str, Any] = {
         "label_kind": "instance", "features": (2, 3), "steps": 7, "validate_every": 3, "log_every": 2,
-        "validation": 0.25, "device": "cpu", "accumulate": "image", "dropout": 0.0,
+        "validation": 0.25, "device": "cpu", "accumulate": "image", "dropout": 0.0, "clip": 0.0,
     }  # fmt: skip
     return TrainConfig(images=place / "images", labels=place / "labels", out=out, **{**usual, **more})
 
 
-def in_float64(settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> training._Run:
+def in_float64(settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run that has not begun, whose net and images are float64: sums in another order then differ by nothing."""
-    task = training._prepare(settings, CPU)
-    run = training._Run(settings.with_(classes=task.classes), task, Meter(CPU))
+    task = prepare(settings, CPU)
+    run = Run(settings.with_(classes=task.classes), task, meter=Meter(CPU))
     run.model.double()
     drawn = run.sampler.drawn
-    monkeypatch.setattr(run.sampler, "drawn", lambda step: [(i.double(), cells, t) for i, cells, t in drawn(step)])
+    monkeypatch.setattr(
+        run.sampler, "drawn", lambda step, _=None: [(i.double(), cells, t) for i, cells, t in drawn(step)]
+    )
     return run
 
 
@@ -81,7 +97,7 @@ def gradients(model: FastUNet) -> list[Tensor]:
     return found
 
 
-def in_one_piece(run: training._Run, step: int) -> tuple[float, list[Tensor]]:
+def in_one_piece(run: Run, step: int) -> tuple[float, list[Tensor]]:
     """Loss and gradient of the images of a step, each by one forward pass.
 
     Up-convolution by "resize" spoils the last 2^depth - 1 rows and columns that come out: they are left out.
@@ -130,7 +146,7 @@ def test_the_gradient_of_a_step_is_that_of_the_images_in_one_piece(
             shapes |= {image.shape[1:] for image, _, _ in run.sampler.drawn(run.step)}
             loss, want = in_one_piece(run, run.step)
             run.model.zero_grad()
-            assert float(run._of_images()) == pytest.approx(loss, rel=1e-5)
+            assert float(run.gradient(run.feed.take(run.step, run.steps))) == pytest.approx(loss, rel=1e-5)
             assert apart(gradients(run.model), want) <= 1e-10
     assert len(shapes) >= 2
     assert any(rows != columns for rows, columns in shapes)
@@ -143,8 +159,8 @@ def test_the_gradient_in_float32_is_that_of_float64_to_rounding(
     settings = config(mixed, tmp_path, features=(2, 3, 3), tile=60, batch=2, recompute=recompute)
     exact = in_float64(settings, monkeypatch)
     loss, want = in_one_piece(exact, 0)
-    run = training._Run(exact.config, exact.task, Meter(CPU))
-    assert float(run._of_images()) == pytest.approx(loss, rel=1e-5)
+    run = Run(exact.config, exact.task, meter=Meter(CPU))
+    assert float(run.gradient(run.feed.take(run.step, run.steps))) == pytest.approx(loss, rel=1e-5)
     assert apart([gradient.double() for gradient in gradients(run.model)], want) < 1e-4
 
 
@@ -159,9 +175,9 @@ def test_a_pixel_that_is_counted_twice_would_be_seen(
         (start, side, count), *others = cut(*arguments, **named)
         return [(start, side, count - 1), *others]
 
-    monkeypatch.setattr(training, "cut_tile", one_row_less)
+    monkeypatch.setattr(running, "cut_tile", one_row_less)
     run.model.zero_grad()
-    run._of_images()
+    run.gradient(run.feed.take(run.step, run.steps))
     assert apart(gradients(run.model), want) > 1e-3
 
 
@@ -171,17 +187,17 @@ def test_an_image_of_ignored_pixels_changes_nothing(
     run = in_float64(config(mixed, tmp_path, tile=30, batch=2), monkeypatch)
     first, second = run.sampler.drawn(0)
     hidden = torch.full_like(second[1], -1), torch.full_like(second[2], -1)
-    monkeypatch.setattr(run.sampler, "drawn", lambda step: [first])
-    loss = float(run._of_images())
+    monkeypatch.setattr(run.sampler, "drawn", lambda step, _=None: [first])
+    loss = float(run.gradient(run.feed.take(run.step, run.steps)))
     alone = gradients(run.model)
-    monkeypatch.setattr(run.sampler, "drawn", lambda step: [first, (second[0], *hidden)])
+    monkeypatch.setattr(run.sampler, "drawn", lambda step, _=None: [first, (second[0], *hidden)])
     run.model.zero_grad()
     # the mean is over pixels that count, wherever they are
-    assert float(run._of_images()) == loss
+    assert float(run.gradient(run.feed.take(run.step, run.steps))) == loss
     assert apart(gradients(run.model), alone) == 0
-    monkeypatch.setattr(run.sampler, "drawn", lambda step: [(second[0], *hidden)])
+    monkeypatch.setattr(run.sampler, "drawn", lambda step, _=None: [(second[0], *hidden)])
     run.model.zero_grad()
-    assert float(run._of_images()) == 0
+    assert float(run.gradient(run.feed.take(run.step, run.steps))) == 0
     assert not any(gradient.any() for gradient in gradients(run.model))
 
 
@@ -277,7 +293,7 @@ def test_two_tiles_make_the_same_run(mixed: Path, tmp_path: Path) -> None:
 
 
 def tensors(path: Path) -> dict[str, Tensor]:
-    return read_tensors(path)[0]
+    return load_file(path)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -301,16 +317,17 @@ def test_a_run_that_was_interrupted_between_or_in_its_tiles_ends_with_the_same_b
         patch.setattr(FastUNet, "forward", struck)
         with pytest.raises(KeyboardInterrupt):
             train(settings.with_(out=run), progress=False)
-    kept = sorted((run / "checkpoints").iterdir())
+    kept = checkpoints.checkpoints(run)
     assert kept
-    assert kept[-1].stem < "00000005"
+    assert kept[-1].name < "00000005"
     train(training.resumed_config(run), resume=True, progress=False)
-    for name in (MODEL, "checkpoints/00000005.safetensors"):
+    for name in (MODEL, *(f"checkpoints/00000005/{part}.safetensors" for part in ("weights", "optimizer"))):
         found, want = tensors(run / name), tensors(settings.out / name)
         assert found.keys() == want.keys()
         assert all(torch.equal(found[key], want[key]) for key in want)
     logs = [training.read_log(place / "log.csv") for place in (run, settings.out)]
-    assert [{**row, "seconds": 0} for row in logs[0]] == [{**row, "seconds": 0} for row in logs[1]]
+    clocks = {"seconds": 0, "busy": 0}
+    assert [row | clocks for row in logs[0]] == [row | clocks for row in logs[1]]
 
 
 def test_a_run_does_not_change_between_tiles_and_images(mixed: Path, tmp_path: Path) -> None:
@@ -349,7 +366,8 @@ def test_the_speed_of_a_trial_is_that_of_whole_images(
     for tile in (36, 80, 200):
         settings = config(drawn, tmp_path, memory="1GB", tile=tile, steps=1, precision="float32", recompute="none")
         run, _ = training._trial(settings.with_(classes=2), CPU)
-        pieces = run.pieces()
+        [drawn_image] = run.feed.take(0, 1)
+        pieces = run.pieces(drawn_image)
         want = sum(target.numel() for _, target, _ in pieces) / sum(read.numel() for read, _, _ in pieces)
         found = training._measure_steps(settings.with_(classes=2), CPU)
         # the last tiles of a row are smaller than those that are tried

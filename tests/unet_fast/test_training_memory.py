@@ -23,12 +23,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from unet_fast import TrainConfig, load, synthetic, train, training
+from unet_fast.checkpoints import newest
 from unet_fast.cli import app
 from unet_fast.errors import BadInput
 from unet_fast.files import write_tiff
 from unet_fast.measuring import Meter
 from unet_fast.planning import Setting, counted_bytes
+from unet_fast.run import Run
 from unet_fast.storage import MODEL, read_tensors
+from unet_fast.task import prepare
 from unet_fast.units import bytes_of
 
 pytestmark = pytest.mark.slow
@@ -112,11 +115,14 @@ def way_of(run: Path) -> tuple[int | None, str | None, str | None]:
 
 def weights_of(run: Path) -> dict[str, Tensor]:
     """The last weights and momenta of a run."""
-    return read_tensors(sorted((run / "checkpoints").iterdir())[-1])[0]
+    state = newest(run)
+    return {**state.weights, **{f"momentum.{name}": tensor for name, tensor in state.optimizer.items()}}
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in training.read_log(run / "log.csv")]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "busy")} for row in training.read_log(run / "log.csv")
+    ]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -141,14 +147,14 @@ class Killed(BaseException):
 
 def strike(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
     """`error` where a run is to take its step number `step`; not in the steps that are tried before it."""
-    whole = training._Run.one_step
+    whole = Run.one_step
 
-    def struck(run: training._Run, *arguments: Any) -> None:
+    def struck(run: Run, *arguments: Any) -> None:
         if run.step == step and (run.config.out / "config.toml").exists():
             raise error
         whole(run, *arguments)
 
-    monkeypatch.setattr(training._Run, "one_step", struck)
+    monkeypatch.setattr(Run, "one_step", struck)
 
 
 # ---- precision
@@ -156,20 +162,20 @@ def strike(monkeypatch: pytest.MonkeyPatch, step: int, error: BaseException) -> 
 
 def test_in_bfloat16_maps_are_short_and_weights_gradients_and_loss_are_not(drawn: Path, tmp_path: Path) -> None:
     settings = config(drawn, tmp_path, precision="bfloat16", tile=44, classes=2)
-    run = training._Run(settings, training._prepare(settings, CPU), Meter(CPU))
+    run = Run(settings, prepare(settings, CPU), meter=Meter(CPU))
     image, _, _ = run.sampler.batch(0)
     assert image.dtype == torch.float32
-    assert run._logits(image).dtype == torch.bfloat16
+    assert run.stepper.logits(image).dtype == torch.bfloat16
     run.one_step()
     for p in run.model.parameters():
         assert p.dtype == torch.float32
         assert p.grad is not None
         assert p.grad.dtype == torch.float32
-        assert run.optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+        assert run.stepper.optimizer.state[p]["momentum_buffer"].dtype == torch.float32
     assert run.losses[0].dtype == torch.float32
-    plain = training._Run(settings.with_(precision="float32"), run.task, run.meter)
-    assert plain._logits(image).dtype == torch.float32
-    assert plain._logits(image).requires_grad
+    plain = Run(settings.with_(precision="float32"), run.task, meter=run.meter)
+    assert plain.stepper.logits(image).dtype == torch.float32
+    assert plain.stepper.logits(image).requires_grad
     # and nothing of it stays switched on
     assert not torch.is_autocast_enabled("cpu")
 
@@ -206,7 +212,7 @@ def test_the_precision_of_a_run_cannot_change(drawn: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "value", "choices"),
     [
-        ("precision", "float16", "float32, bfloat16"),
+        ("precision", "int8", "float32, bfloat16, float16"),
         ("recompute", "all", "none, level"),
         ("accumulate", "epoch", "tile, image"),
     ],
@@ -250,7 +256,14 @@ def test_where_all_fits_the_tile_covers_the_largest_image_and_the_trials_are_on_
     assert "the tile covers the largest image" in said
     assert said.count("trying a step of") == len(record["trials"])
     # nothing of the trials stays, neither files nor the picture of a model
-    assert [name for name in files(run) if "checkpoints" not in name] == ["config.toml", "log.csv", MODEL, "run.json"]
+    assert [name for name in files(run) if "checkpoints" not in name] == [
+        "config.toml",
+        "log.csv",
+        MODEL,
+        "overlays.npz",
+        "run.json",
+        "scores.csv",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -317,14 +330,14 @@ def test_where_there_is_no_memory_for_a_given_tile_recomputation_is_tried(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a card, where the allocator refuses what was counted to fit, before anything was measured."""
-    whole = training._Run.one_step
+    whole = Run.one_step
 
-    def starved(run: training._Run, *arguments: Any) -> None:
+    def starved(run: Run, *arguments: Any) -> None:
         if run.config.recompute == "none":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         whole(run, *arguments)
 
-    monkeypatch.setattr(training._Run, "one_step", starved)
+    monkeypatch.setattr(Run, "one_step", starved)
     settings = config(drawn, tmp_path / "run", memory="2GB", tile=80, precision="float32")
     train(settings, progress=False)
     assert way_of(settings.out) == (80, "float32", "level")
@@ -357,7 +370,7 @@ def test_a_run_goes_on_in_another_budget_with_its_tile_and_precision(
     train(config(drawn, run, **now), resume=True, progress=False)
     assert way_of(run)[:2] == (tile, precision)
     assert load(run).settings == load(run).settings
-    about = read_tensors(run / "checkpoints" / "00000007.safetensors")[1]["config"]
+    about = newest(run).about["config"]
     assert (about["tile"], about["precision"]) == (tile, precision)
     assert about.get("memory") == now.get("memory")
     if "memory" in now:
@@ -424,21 +437,21 @@ def starve(
 ) -> list[tuple[int, int, str]]:
     """From a step on there is memory only for what is `enough`; lists (step, tile, recompute) of all steps taken."""
     taken: list[tuple[int, int, str]] = []
-    whole = training._Run.one_step
+    whole = Run.one_step
 
-    def starved(run: training._Run, *arguments: Any) -> None:
+    def starved(run: Run, *arguments: Any) -> None:
         began = (run.config.out / "config.toml").exists()
         # what is really done, whatever the settings say
         here = Setting(run.sampler.tile, str(run.config.precision), run.model.recompute)
         if began and run.step >= step and not enough(here):
             if where == "backward":
-                run._of_tiles()
+                run.gradient(run.feed.take(run.step, run.steps))
             raise error()
         if began:
             taken.append((run.step, here.tile_in, here.recompute))
         whole(run, *arguments)
 
-    monkeypatch.setattr(training._Run, "one_step", starved)
+    monkeypatch.setattr(Run, "one_step", starved)
     return taken
 
 
@@ -534,7 +547,7 @@ def test_interrupted_right_after_coming_down_a_run_ends_the_same(
         with pytest.raises(KeyboardInterrupt):
             train(config(drawn, run, **GIVEN), progress=False)
     assert way_of(run) == way_of(came_down)
-    assert [p.stem for p in sorted((run / "checkpoints").iterdir())][-1] == "00000004"
+    assert newest(run).about["step"] == 4
     # whatever there is memory for now: it goes on as it was
     train(training.resumed_config(run), resume=True, progress=False)
     assert way_of(run) == way_of(came_down)
@@ -554,9 +567,9 @@ def test_killed_while_coming_down_a_run_ends_the_same(
     name = {"config.toml": "keep_state", "nothing": "_write_config"}[written]
     with monkeypatch.context() as patch:
         starve(patch, small)
-        whole, calls = getattr(training._Run, name), []
+        whole, calls = getattr(Run, name), []
 
-        def killed(it: training._Run) -> None:
+        def killed(it: Run) -> None:
             coming_down = it.step == 4 and (it.config.out / "config.toml").exists()
             if coming_down:
                 calls.append(it.step)
@@ -564,10 +577,10 @@ def test_killed_while_coming_down_a_run_ends_the_same(
                 raise Killed
             whole(it)
 
-        patch.setattr(training._Run, name, killed)
+        patch.setattr(Run, name, killed)
         with pytest.raises(Killed):
             train(config(drawn, run, **GIVEN), progress=False)
-    state = read_tensors(sorted((run / "checkpoints").iterdir())[-1])[1]
+    state = newest(run).about
     assert (settings_of(run).tile == state["config"]["tile"]) == (written == "nothing" or count == 1)
     starve(monkeypatch, small)
     train(training.resumed_config(run), resume=True, progress=False)
@@ -597,7 +610,7 @@ def test_in_the_middle_of_an_update_no_memory_is_an_error(
     update, run = torch.optim.SGD.step, tmp_path / "run"
 
     def half(optimizer: Any, *arguments: Any) -> Any:
-        if (run / "checkpoints" / "00000003.safetensors").exists():
+        if (run / "checkpoints" / "00000003").exists():
             with torch.no_grad():
                 optimizer.param_groups[0]["params"][0].add_(1)
             raise MemoryError
@@ -719,13 +732,13 @@ def test_a_budget_too_small_is_refused_with_what_would_do(
 
 @measurable
 def test_what_lies_between_steps_must_fit_too(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    between = training._Run.between_steps
+    between = Run.between_steps
 
-    def greedy(run: training._Run) -> None:
+    def greedy(run: Run) -> None:
         between(run)
         torch.ones(100_000_000)
 
-    monkeypatch.setattr(training._Run, "between_steps", greedy)
+    monkeypatch.setattr(Run, "between_steps", greedy)
     run = tmp_path / "run"
     sentence = r"memory must be at least (\S+ [MG]B): validation and checkpoints take that, whatever the tile; got"
     with pytest.raises(BadInput, match=sentence) as refused:
