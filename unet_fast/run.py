@@ -474,7 +474,9 @@ class Run:
         row["seconds"] = f"{self.seconds:.1f}"
         if skipped > self.skipped and self.ranks.main:
             more = f", {skipped} in all" if self.skipped else ""
-            say(f"note: {skipped - self.skipped} steps up to {self.step} changed nothing: no usable gradient{more}")
+            now = skipped - self.skipped
+            steps = f"{now} step{'s' if now > 1 else ''} up to {self.step}"
+            say(f"note: {steps} changed nothing: no usable gradient{more}")
         self.log.append(row)
         self.losses, self.skipped = [], skipped
         self._write_log()
