@@ -7,7 +7,11 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -699,3 +703,265 @@ def test_training_leaves_the_callers_generator_alone(drawn: Path, tmp_path: Path
     before = torch.get_rng_state()
     train(config(drawn, tmp_path / "run"), progress=False)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- several at one place, signals, places that cannot be written
+
+
+def test_a_second_run_at_one_place_is_refused(drawn: Path, tmp_path: Path) -> None:
+    from unet_fast.journal import FOLDER, locked
+
+    run = tmp_path / "run"
+    run.mkdir()
+    with locked(run / FOLDER / "lock"), pytest.raises(BadInput, match=r"run is being written to by process \d+ on "):
+        train(config(drawn, run), progress=False)
+    assert not [p for p in run.rglob("*") if p.is_file()]
+    train(config(drawn, run, steps=1), progress=False)
+    assert not (run / FOLDER).exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_run_directory_that_cannot_be_written_is_a_sentence(drawn: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir(mode=0o555)
+    with pytest.raises(BadInput, match="run cannot be written"):
+        train(config(drawn, tmp_path / "run"), progress=False)
+
+
+def test_a_file_where_the_run_should_be_is_a_sentence(drawn: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("notes")
+    with pytest.raises(BadInput, match="run"):
+        train(config(drawn, tmp_path / "run"), progress=False)
+    assert (tmp_path / "run").read_text() == "notes"
+
+
+def test_sigterm_keeps_the_state_as_ctrl_c_does(
+    drawn: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = tmp_path / "run", running.Run.one_step
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(it: running.Run, *arguments: Any) -> None:
+        if it.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        whole(it, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Run, "one_step", terminated)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(drawn, run), progress=False)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoints.newest(run).about["step"] == 5
+    train(training.resumed_config(run), resume=True, progress=False)
+    assert outcome(run)[1:] == outcome(finished)[1:]
+
+
+def test_between_validations_a_state_is_kept_after_some_minutes(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, steps = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    whole, kept = running.Run.one_step, running.Run.keep_state
+
+    def minute(it: running.Run, *arguments: Any) -> None:
+        now[0] += 60
+        whole(it, *arguments)
+
+    def noted(it: running.Run) -> None:
+        steps.append(it.step)
+        kept(it)
+
+    monkeypatch.setattr(running.Run, "one_step", minute)
+    monkeypatch.setattr(running.Run, "keep_state", noted)
+    train(config(drawn, tmp_path / "run", steps=12, validate_every=6, keep_minutes=2.5), progress=False)
+    assert steps == [3, 6, 9, 12]
+
+
+# ---- resumed with something else
+
+
+def test_a_state_of_another_net_is_refused_and_the_difference_listed(drawn: Path, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    train(config(drawn, run), progress=False)
+    train(config(drawn, other, features=(2, 4, 8)), progress=False)
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(other / "checkpoints", run / "checkpoints")
+    # as if its settings had been these
+    state = checkpoints.newest(run)
+    about = {**state.about, "config": {**state.about["config"], "features": [2, 3], "tile": 80}}
+    checkpoints.keep(run, 8, checkpoints.State(state.weights, state.optimizer, about))
+    with pytest.raises(BadInput) as refused:
+        train(config(drawn, run), resume=True, progress=False)
+    said = str(refused.value)
+    assert "checkpoints/00000008 is of another net: " in said
+    assert "down.2.conv1.weight is one too many" in said
+    assert said.endswith(" more differ")
+    assert "\n" not in said
+    with pytest.raises(BadInput, match=r"features was \[2, 4, 8\] when the run began and is \[2, 3\] now"):
+        train(config(drawn, other), resume=True, progress=False)
+
+
+def test_changed_data_are_refused_unless_told(drawn: Path, tmp_path: Path) -> None:
+    place, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(drawn, place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "one_step", _after(5, running.Run.one_step))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(place, run), progress=False)
+    image, instances = synthetic.cells(64, seed=9, radius_px=(7.0, 9.0))
+    write_tiff(place / "images" / "1.tif", image, "YX")
+    write_tiff(place / "labels" / "1.tif", instances.astype(np.uint16), "YX")
+    with pytest.raises(BadInput, match=r"are not what the run in .* began with; .* unless --accept-changed-data says"):
+        train(config(place, run), resume=True, progress=False)
+    assert checkpoints.newest(run).about["step"] == 4
+    result = train(config(place, run), resume=True, progress=False, accept_changed_data=True)
+    assert result.log[-1]["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("steps = [", "config.toml cannot be read as TOML"),
+        ("stepz = 5\n", "config has the unknown key 'stepz'; did you mean 'steps'?"),
+        ("", "images and labels must be given"),
+        ("\0\0", "config.toml cannot be read as TOML"),
+    ],
+)
+def test_a_corrupted_config_is_one_sentence(text: str, sentence: str, drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(drawn, run, steps=1), progress=False)
+    (run / "config.toml").write_text(text)
+    with pytest.raises(BadInput) as refused:
+        training.resumed_config(run)
+    assert sentence in str(refused.value)
+    # with the words of the beginning it goes on all the same: the states know the settings
+    train(config(drawn, run, steps=1), resume=True, progress=False)
+    assert training.resumed_config(run).steps == 1
+
+
+# ---- what is told about it
+
+
+def test_the_record_says_what_the_run_was_made_of(drawn: Path, finished: Path) -> None:
+    record = json.loads((finished / "run.json").read_text())
+    for kind in ("images", "labels"):
+        for path in (drawn / kind).iterdir():
+            assert record["data"][str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert len(record["data"]) == 8
+    assert f"torch=={torch.__version__.split('+')[0]}" in " ".join(record["packages"])
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["seed"] == 0
+    assert record["processes"] == 1
+    assert record["device"] == "cpu"
+    assert record["command"]
+    assert record["began"]
+    assert "continued" not in record
+
+
+def test_a_continued_run_says_when_and_where(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "one_step", _after(5, running.Run.one_step))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(drawn, run), progress=False)
+    for _ in range(2):
+        train(config(drawn, run), resume=True, progress=False)
+    record = json.loads((run / "run.json").read_text())
+    assert [each["step"] for each in record["continued"]] == [4, 7]
+    assert all(each["versions"]["torch"] == torch.__version__ for each in record["continued"])
+
+
+def test_scores_and_overlays_are_those_of_the_best_model(drawn: Path, finished: Path) -> None:
+    with (finished / "scores.csv").open(newline="") as file:
+        [row] = list(csv.DictReader(file))
+    assert list(row) == ["image", "loss", "iou", "pixel_error", "cell_iou", "ap50"]
+    assert row["image"] == "3.tif"
+    best = [r for r in training.read_log(finished / "log.csv") if r["best"]][-1]
+    for name in ("loss", "iou", "pixel_error", "cell_iou", "ap50"):
+        assert float(row[name]) == pytest.approx(best[f"val_{name}"], rel=1e-5)
+    with np.load(finished / "overlays.npz", allow_pickle=False) as shown:
+        assert shown["names"].tolist() == ["3.tif"]
+        assert shown["step"] == best["step"]
+        held = read_labelled(drawn / "images", drawn / "labels", kind="instance").examples[3]
+        assert np.array_equal(shown["image_0"], held.image[0].numpy())
+        assert np.array_equal(shown["truth_0"], held.instances.numpy())
+        found = predict(load(finished), drawn_image(drawn, 3))
+        assert np.array_equal(shown["found_0"], find_cells(found))
+        assert shown["weight_0"].max() > 1
+
+
+def drawn_image(drawn: Path, number: int) -> Any:
+    from unet_fast.files import read_stack
+
+    return read_stack(drawn / "images" / f"{number}.tif").pixels[0, 0]
+
+
+def test_large_images_show_their_middle_and_many_show_four(drawn: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "_SHOWN_SIDE", 40)
+        patch.setattr(running, "_SHOWN", 2)
+        train(config(drawn, tmp_path / "run", steps=1, validation=0.75), progress=False)
+    with np.load(tmp_path / "run" / "overlays.npz", allow_pickle=False) as shown:
+        assert shown["names"].tolist() == ["1.tif", "3.tif"]
+        last = read_labelled(drawn / "images", drawn / "labels", kind="instance").examples[3]
+        assert np.array_equal(shown["image_1"], last.image[0, 12:52, 12:52].numpy())
+
+
+def test_curves_for_tensorboard_are_those_of_the_log(drawn: Path, tmp_path: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "one_step", _after(6, running.Run.one_step))
+        with pytest.raises(KeyboardInterrupt):
+            train(config(drawn, run, tensorboard=True), progress=False)
+    result = train(config(drawn, run, tensorboard=True), resume=True, progress=False)
+    events = reading.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    for name, tag in (("loss", "loss"), ("val_iou", "validation/iou"), ("skipped", "skipped")):
+        shown = {event.step: event.value for event in events.Scalars(tag)}
+        want = {int(row["step"]): row[name] for row in result.log if row[name] is not None}
+        assert shown == pytest.approx(want, rel=1e-5)
+
+
+def test_without_tensorboard_the_extra_is_named(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BadInput, match=r"pip install 'unet-fast\[tb\]'"):
+        train(config(drawn, tmp_path / "run", tensorboard=True), progress=False)
+
+
+# ---- ablations and determinism
+
+
+@pytest.mark.parametrize("more", [{"skips": False}, {"padding": "same"}, {"padding": "same", "skips": False}], ids=str)
+def test_the_papers_ablations_train_and_predict(more: dict[str, Any], drawn: Path, tmp_path: Path) -> None:
+    result = train(config(drawn, tmp_path / "run", **more, dropout=0.0, momentum=0.9), progress=False)
+    assert all(result.model.settings[name] == value for name, value in more.items())
+    assert all(math.isfinite(row["loss"] or math.nan) for row in result.log)
+    assert predict(result.model, drawn_image(drawn, 0)).shape == (64, 64)
+
+
+def test_a_padded_net_answers_for_all_of_its_tile(drawn: Path) -> None:
+    padded = sampler(drawn, padding="same", tile=36)
+    assert padded.tile_out == 36
+    assert padded.pixels(0) == 36**2
+    for more in ({"memory": "1GB"}, {"accumulate": "image"}):
+        with pytest.raises(BadInput, match="padding must be valid with"):
+            config(drawn, Path("run"), padding="same", **more)
+
+
+def test_deterministic_is_for_the_run_alone(drawn: Path, finished: Path, tmp_path: Path) -> None:
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        whole = running.Run.one_step
+
+        def noted(it: running.Run, *arguments: Any) -> None:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            whole(it, *arguments)
+
+        patch.setattr(running.Run, "one_step", noted)
+        train(config(drawn, tmp_path / "run", deterministic=True), progress=False)
+    assert all(seen)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    # a CPU is so anyway
+    assert outcome(tmp_path / "run")[1:] == outcome(finished)[1:]
