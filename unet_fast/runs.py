@@ -1,0 +1,154 @@
+"""The files of a run directory, read by somebody who wants to know what came of it.
+
+A run may be going on, have been ended anywhere, or be another version's: what is absent or empty is not there yet, what
+is damaged is said in a sentence, and no file is ever a reason to fail.
+"""
+
+import csv
+import json
+import tomllib
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BadInput
+
+__all__ = ["CONFIG", "LOG", "MODEL", "OVERLAYS", "RECORD", "SCORES", "Overlay", "RunFiles", "number", "read_run"]
+
+CONFIG, RECORD, LOG, SCORES = "config.toml", "run.json", "log.csv", "scores.csv"
+OVERLAYS, MODEL = "overlays.npz", "model.safetensors"
+
+_Found = TypeVar("_Found")
+# a slice with more pixels is no picture for a page
+_MOST_PIXELS = 2**26
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """One slice of the validation block: image [H, W]; truth and found int [H, W], ids of instances, 0 the background,
+    negative ignored; weight [H, W], that of each pixel. What the file lacks is None."""
+
+    name: str
+    image: NDArray[Any]
+    truth: NDArray[np.int32] | None
+    found: NDArray[np.int32] | None
+    weight: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """All that the files of a run say. Cells of the tables are text as it stands in the file; see `number`."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    log: list[dict[str, str]] = field(default_factory=list)
+    scores: list[dict[str, str]] = field(default_factory=list)
+    overlays: list[Overlay] = field(default_factory=list)
+    overlay_step: int | None = None
+    has_model: bool = False
+    has_state: bool = False
+    # one sentence for each file that is there and cannot be read
+    damaged: tuple[str, ...] = ()
+
+
+def read_run(run: Path) -> RunFiles:
+    """Read all there is.
+
+    Raises:
+        BadInput: `run` is no folder, or one that no training has written to.
+    """
+    if not run.is_dir():
+        what = "is a file" if run.exists() else "does not exist"
+        raise BadInput(f"{run} {what}; expected the folder of a training run, the --out of unet-fast train")
+    places = [run / name for name in (CONFIG, RECORD, LOG, SCORES, OVERLAYS, MODEL)]
+    if not any(place.exists() for place in places):
+        raise BadInput(f"{run} has none of {', '.join(p.name for p in places)}; expected the folder of a training run")
+    damaged: list[str] = []
+
+    def read(name: str, reader: Callable[[Path], _Found], nothing: _Found) -> _Found:
+        try:
+            return reader(run / name) if (run / name).stat().st_size else nothing
+        except FileNotFoundError:
+            return nothing
+        except (OSError, ValueError, KeyError, csv.Error, zipfile.BadZipFile, EOFError, RecursionError) as error:
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            damaged.append(f"{name} cannot be read and is left out: {why}")
+            return nothing
+
+    overlays, step = read(OVERLAYS, _overlays, ([], None))
+    return RunFiles(
+        config=read(CONFIG, _toml, {}),
+        record=read(RECORD, _json, {}),
+        log=read(LOG, _table, []),
+        scores=read(SCORES, _table, []),
+        overlays=overlays,
+        overlay_step=step,
+        has_model=(run / MODEL).exists(),
+        has_state=any((run / "checkpoints").glob("*")),
+        damaged=tuple(damaged),
+    )
+
+
+def number(row: Mapping[str, str], key: str) -> float | None:
+    """A cell as a number; None where it is empty, missing, or says something else. It may be NaN or infinite."""
+    try:
+        return float(row.get(key) or "")
+    except ValueError:
+        return None
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, got {type(found).__name__}")
+    return found
+
+
+def _table(path: Path) -> list[dict[str, str]]:
+    # names of files need be no text at all
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        rows = csv.reader(file)
+        head = [name.strip() for name in next(rows, [])]
+        # a row that is cut short is one that was never finished
+        return [dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head)]
+
+
+def _overlays(path: Path) -> tuple[list[Overlay], int | None]:
+    with np.load(path, allow_pickle=False) as file:
+        names = [str(name) for name in np.atleast_1d(file["names"])] if "names" in file else []
+        step = int(file["step"]) if "step" in file else None
+        overlays, index = [], 0
+        while f"image_{index}" in file:
+            image = _plane(file, f"image_{index}")
+            if image is not None and image.size:
+                ids = [_plane(file, f"{kind}_{index}", image.shape) for kind in ("truth", "found")]
+                weight = _plane(file, f"weight_{index}", image.shape)
+                overlays.append(
+                    Overlay(
+                        names[index] if index < len(names) else f"slice {index}",
+                        np.nan_to_num(image.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0),
+                        *(None if each is None else each.astype(np.int32) for each in ids),
+                        None if weight is None else np.nan_to_num(weight.astype(np.float32), posinf=0.0),
+                    )
+                )
+            index += 1
+    return overlays, step
+
+
+def _plane(file: Mapping[str, NDArray[Any]], key: str, shape: tuple[int, ...] | None = None) -> NDArray[Any] | None:
+    if key not in file:
+        return None
+    array = file[key]
+    if array.ndim != 2 or array.size > _MOST_PIXELS or (shape is not None and array.shape != shape):
+        raise ValueError(f"{key} must be [H, W]{'' if shape is None else f' of {shape}'}, got {array.shape}")
+    return array
+
