@@ -140,7 +140,7 @@ def _line(name: str, points: Points, across: Callable[[float], float], up: Calla
 
 
 def _thinned(points: Points) -> Points:
-    """Not more than a screen can show: of each run of neighbours the lowest and the highest, so that no peak is lost."""
+    """Not more than a screen can show: of neighbours the lowest and the highest, so that no peak is lost."""
     if len(points) <= _MOST_POINTS:
         return points
     count = _MOST_POINTS // 2

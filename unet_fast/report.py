@@ -42,6 +42,9 @@ _RISING = 0.1
 _MOST_OVERLAYS, _MOST_SIDE_PX = 8, 768
 _MOST_ROWS, _MOST_ENTRIES, _MOST_LETTERS = 1000, 1000, 4000
 _DEEPEST = 5
+# what a setting is, in the order of the table
+_KINDS = ("given", "different", "open", "unknown", "default")
+_USUAL = "default"
 # lists up to this are shown as they are
 _FEW = 6
 
@@ -124,13 +127,14 @@ class _Picture:
     title: str
     said: str
     source: str
+    small: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Slice:
     name: str
     pictures: tuple[_Picture, ...]
-    greatest: str | None
+    has_weight: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +142,14 @@ class _Setting:
     name: str
     value: str
     default: str
-    differs: bool
+    kind: str
 
 
 def _page(run: Path, files: RunFiles) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_readable, trim_blocks=True, lstrip_blocks=True
     )
+    settings = _settings(files.config)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     worst, ordered_by = _worst_first(files.scores)
     drawn = files.overlays[:_MOST_OVERLAYS]
@@ -159,7 +164,9 @@ def _page(run: Path, files: RunFiles) -> str:
         width=WIDTH,
         height=HEIGHT,
         validation_heads=[name for _, name in known],
-        validations=[([_cell(row, key) for key, _ in known], row.get("best") == "1") for row in validations][-_MOST_ROWS:],
+        validations=[([_cell(row, key) for key, _ in known], row.get("best") == "1") for row in validations][
+            -_MOST_ROWS:
+        ],
         slices=[_slice(overlay) for overlay in drawn],
         slices_left_out=len(files.overlays) - len(drawn),
         overlay_step=files.overlay_step,
@@ -172,7 +179,8 @@ def _page(run: Path, files: RunFiles) -> str:
         ],
         scores_left_out=max(0, len(worst) - _MOST_ROWS),
         ordered_by=ordered_by,
-        settings=_settings(files.config),
+        settings=[each for each in settings if each.kind != _USUAL],
+        usual=[each for each in settings if each.kind == _USUAL],
         record=_record(files.record),
         commands=_commands(run, files),
     )
@@ -209,10 +217,12 @@ def _cell(row: Mapping[str, str], key: str, bar: bool = False) -> _Number:
     """A cell as it is shown; nothing where it holds no number, and that it holds none where it says so."""
     raw, value = (row.get(key) or "").strip(), number(row, key)
     if value is None:
-        return _Number("", "–")
+        return _Number("", "-")
     if not math.isfinite(value):
         return _Number(raw, "no number")
-    return _Number(raw, shown(value), min(max(value, 0.0), 1.0) if bar else None)
+    # decimals below each other, where there are any
+    text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e3 and key != "step" else shown(value)
+    return _Number(raw, text, min(max(value, 0.0), 1.0) if bar else None)
 
 
 def _best(log: Sequence[Mapping[str, str]]) -> Mapping[str, str] | None:
@@ -293,7 +303,8 @@ def _warnings(files: RunFiles) -> list[str]:
     if busy and statistics.median(busy) < _IDLE:
         said.append(
             f"The device was at work {statistics.median(busy):.0%} of the time (the median of log.csv's rows; "
-            f"{_IDLE:.0%} or more is expected): it waits for tiles. More --workers, or --images-on device, feed it faster."
+            f"{_IDLE:.0%} or more is expected): it waits for tiles. More "
+            f"--workers, or --images-on device, feed it faster."
         )
     if files.record.get("validation") == [] or files.config.get("validation") == 0:
         said.append(
@@ -319,8 +330,8 @@ def _still_falling(log: Sequence[Mapping[str, str]]) -> str | None:
     if not last < (1 - _FALLING) * before:
         return None
     return (
-        f"The {'validation' if validated else 'training'} loss was still falling at the end: {shown(last)} on average in "
-        f"the last quarter of the run, {shown(before)} in the quarter before, {1 - last / before:.0%} less (more than "
+        f"The {'validation' if validated else 'training'} loss was still falling at the end: {shown(last)} on average "
+        f"in the last quarter of the run, {shown(before)} in the one before, {1 - last / before:.0%} less (more than "
         f"{_FALLING:.0%} counts as falling). A new run with more --steps may do better."
     )
 
@@ -373,7 +384,9 @@ def _charts(log: Sequence[Mapping[str, str]]) -> list[Chart]:
         chart("learning rate", [("learning rate", _points(log, "lr"))]),
         chart("share of the time the device works", [("device", _points(log, "busy"))], whole=share),
         chart("skipped steps", [("skipped", _points(log, "skipped"))]) if _any(log, "skipped") else None,
-        chart("scale of the loss", [("scale", _points(log, "scale"))], logarithmic=True) if _any(log, "scale") else None,
+        chart("scale of the loss", [("scale", _points(log, "scale"))], logarithmic=True)
+        if _any(log, "scale")
+        else None,
     ]
     return [each for each in made if each is not None]
 
@@ -399,15 +412,14 @@ def _slice(overlay: Overlay) -> _Slice:
     if not pictures:
         blank = outlined_png(overlay.image, None, TRUTH, _MOST_SIDE_PX)
         pictures.append(_Picture("image", f"{name} as it is", _inside(blank)))
-    greatest = None
     if overlay.weight is not None:
         greatest = shown(float(overlay.weight.max()))
         said = f"weight of each pixel of {name}, from 0 to {greatest}"
-        pictures.append(_Picture("weight of each pixel", said, _inside(weight_png(overlay.weight, _MOST_SIDE_PX))))
+        pictures.append(_Picture(f"weight, 0 to {greatest}", said, _inside(weight_png(overlay.weight)), small=True))
         ids = overlay.truth if overlay.truth is not None else np.zeros(overlay.image.shape, np.int32)
         said = f"the weight map of {name} enlarged where it is greatest, with the outlines of the cells"
-        pictures.append(_Picture("the ridge, enlarged", said, _inside(ridge_png(overlay.weight, ids))))
-    return _Slice(name, tuple(pictures), greatest)
+        pictures.append(_Picture("the ridge, enlarged", said, _inside(ridge_png(overlay.weight, ids)), small=True))
+    return _Slice(name, tuple(pictures), overlay.weight is not None)
 
 
 def _cells(ids: NDArray[np.int32]) -> str:
@@ -436,7 +448,7 @@ def _worst_first(scores: Sequence[Mapping[str, str]]) -> tuple[list[Mapping[str,
 
 
 def _settings(config: Mapping[str, Any]) -> list[_Setting]:
-    """Those that differ from the defaults first, each part in the order of TrainConfig."""
+    """Those that were given or differ from the defaults first; each kind in the order of TrainConfig."""
     defaults = {f.name: f.default for f in fields(TrainConfig)}
     # a setting of another version has no default here
     names = [name for name in defaults if name in config] + sorted(set(config) - set(defaults))
@@ -444,12 +456,16 @@ def _settings(config: Mapping[str, Any]) -> list[_Setting]:
     for name in names:
         default = defaults.get(name, MISSING)
         plain = list(default) if isinstance(default, tuple) else default
-        if default is MISSING:
-            said = "must be given" if name in defaults else "not known to this version"
+        if name not in defaults:
+            kind, said = "unknown", "not known to this version"
+        elif default is MISSING:
+            kind, said = "given", "none"
+        elif default is None:
+            kind, said = "open", "open"
         else:
-            said = "chosen by the run" if default is None else _written(plain)
-        found.append(_Setting(name, _written(config[name]), said, default is MISSING or plain != config[name]))
-    return sorted(found, key=lambda setting: not setting.differs)
+            kind, said = _USUAL if plain == config[name] else "different", _written(plain)
+        found.append(_Setting(name, _written(config[name]), said, kind))
+    return sorted(found, key=lambda setting: _KINDS.index(setting.kind))
 
 
 def _written(value: Any) -> str:
@@ -468,7 +484,7 @@ def _short(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A value of run.json: text, or a list (`rows` with empty names) or a table of entries; `left_out` are not shown."""
+    """A value of run.json: text, or `rows`, with names or without; `left_out` more are not shown."""
 
     name: str
     text: str = ""
@@ -498,9 +514,7 @@ def _entry(name: str, value: Any, depth: int = 0, key: str = "") -> _Entry:
     named = isinstance(value, dict)
     pairs = list(value.items()) if isinstance(value, dict) else [("", each) for each in value]
     rows = tuple(_entry(str(each), inner, depth + 1) for each, inner in pairs[:_MOST_ENTRIES])
-    return _Entry(
-        name, rows=rows, folded=len(pairs) > _FEW, named=named, left_out=max(0, len(pairs) - _MOST_ENTRIES)
-    )
+    return _Entry(name, rows=rows, folded=len(pairs) > _FEW, named=named, left_out=max(0, len(pairs) - _MOST_ENTRIES))
 
 
 # ---- how to go on

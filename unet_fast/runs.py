@@ -80,7 +80,8 @@ def read_run(run: Path) -> RunFiles:
             damaged.append(f"{name} cannot be read and is left out: {why}")
             return nothing
 
-    overlays, step = read(OVERLAYS, _overlays, ([], None))
+    no_overlays: tuple[list[Overlay], int | None] = ([], None)
+    overlays, step = read(OVERLAYS, _overlays, no_overlays)
     return RunFiles(
         config=read(CONFIG, _toml, {}),
         record=read(RECORD, _json, {}),
@@ -126,22 +127,24 @@ def _overlays(path: Path) -> tuple[list[Overlay], int | None]:
     with np.load(path, allow_pickle=False) as file:
         names = [str(name) for name in np.atleast_1d(file["names"])] if "names" in file else []
         step = int(file["step"]) if "step" in file else None
-        overlays, index = [], 0
-        while f"image_{index}" in file:
-            image = _plane(file, f"image_{index}")
-            if image is not None and image.size:
-                ids = [_plane(file, f"{kind}_{index}", image.shape) for kind in ("truth", "found")]
-                weight = _plane(file, f"weight_{index}", image.shape)
-                overlays.append(
-                    Overlay(
-                        names[index] if index < len(names) else f"slice {index}",
-                        np.nan_to_num(image.astype(np.float32), nan=0.0, posinf=0.0, neginf=0.0),
-                        *(None if each is None else each.astype(np.int32) for each in ids),
-                        None if weight is None else np.nan_to_num(weight.astype(np.float32), posinf=0.0),
-                    )
-                )
-            index += 1
+        overlays: list[Overlay] = []
+        while f"image_{len(overlays)}" in file:
+            overlays.append(_overlay(file, len(overlays), names))
     return overlays, step
+
+
+def _overlay(file: Mapping[str, NDArray[Any]], index: int, names: list[str]) -> Overlay:
+    image = _plane(file, f"image_{index}")
+    if image is None or not image.size:
+        raise ValueError(f"image_{index} has no pixels")
+    truth, found, weight = (_plane(file, f"{kind}_{index}", image.shape) for kind in ("truth", "found", "weight"))
+    return Overlay(
+        name=names[index] if index < len(names) else f"slice {index}",
+        image=np.nan_to_num(image.astype(np.float32), posinf=0.0, neginf=0.0),
+        truth=None if truth is None else truth.astype(np.int32),
+        found=None if found is None else found.astype(np.int32),
+        weight=None if weight is None else np.nan_to_num(weight.astype(np.float32), posinf=0.0, neginf=0.0),
+    )
 
 
 def _plane(file: Mapping[str, NDArray[Any]], key: str, shape: tuple[int, ...] | None = None) -> NDArray[Any] | None:
@@ -151,4 +154,3 @@ def _plane(file: Mapping[str, NDArray[Any]], key: str, shape: tuple[int, ...] | 
     if array.ndim != 2 or array.size > _MOST_PIXELS or (shape is not None and array.shape != shape):
         raise ValueError(f"{key} must be [H, W]{'' if shape is None else f' of {shape}'}, got {array.shape}")
     return array
-

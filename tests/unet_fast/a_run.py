@@ -12,14 +12,13 @@ from unet_fast import synthetic
 from unet_fast.config import TrainConfig
 
 SCRIPT = "<script>alert(1)</script>.tif"
-QUOTES = "\"' onerror='alert(2)' \" onload=\"alert(3)\" &amp;&lt;.tif"
+QUOTES = '"\' onerror=\'alert(2)\' " onload="alert(3)" &amp;&lt;.tif'
 LONG = "ü" * 125 + ".tif"
 ODD = "{{ 7 * 7 }}{% raw %} \u202egpj.exe \ud7ff 細胞 -->]]></style>.tif"
 HOSTILE = (SCRIPT, QUOTES, LONG, ODD)
 
-COLUMNS = (
-    "step,epoch,lr,loss,val_loss,val_iou,val_pixel_error,val_threshold,val_cell_iou,val_ap50,best,seconds,skipped,busy"
-).split(",")
+COLUMNS = ("step", "epoch", "lr", "loss", "val_loss", "val_iou", "val_pixel_error", "val_threshold", "val_cell_iou")
+COLUMNS += ("val_ap50", "best", "seconds", "skipped", "busy")
 FILES = ("config.toml", "run.json", "log.csv", "scores.csv", "overlays.npz", "model.safetensors")
 
 
@@ -87,7 +86,7 @@ def write_run(
         "net": {"in_channels": 1, "out_channels": 2, "features": [16, 32, 64], names[0]: names[1 % len(names)]},
         "device": "cpu",
         "versions": {"unet_fast": "0.1.0", "torch": "2.13.0"},
-        "data": {name: "0" * 64 for name in names},
+        "data": dict.fromkeys(names, "0" * 64),
         "packages": ["numpy==2.3.5", names[0]],
         "git": None,
         "kernels": None,
