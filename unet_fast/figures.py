@@ -279,7 +279,8 @@ def draw_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, float | Non
                 last = best[-1]
                 axis.plot([last["step"]], [last[key]], marker="*", markersize=13, color=colour)
     axes[0].set_title("loss")
-    axes[0].set_yscale("log")
+    if any((row.get(key) or 0) > 0 for log in logs.values() for row in log for key in ("loss", "val_loss")):
+        axes[0].set_yscale("log")
     for axis, (_, label) in zip(axes[1:], scores, strict=True):
         axis.set_title(f"{label} (validation)")
     for axis in axes:
