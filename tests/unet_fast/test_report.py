@@ -462,7 +462,7 @@ def test_the_verb_says_where_the_page_lies(tmp_path: Path) -> None:
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[browser.Page]:
     program = browser.found()
     if program is None:
-        pytest.skip(f"no browser: none of {', '.join(browser.NAMES)} is installed (apt-get install chromium)")
+        pytest.skip(f"no browser: none of {', '.join(browser.NAMES)} is installed (.ci/browser does that on Debian)")
     with browser.tab(program, tmp_path_factory.mktemp("browser") / "profile") as page:
         yield page
 
