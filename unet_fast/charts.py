@@ -99,8 +99,8 @@ def chart(
     return Chart(
         title,
         drawn,
-        tuple(Tick(across(x), shown(x)) for x in _round_numbers(first, last, 5)),
-        tuple(Tick(up(y), shown(y)) for y in levels or _round_numbers(low, high, 5)),
+        tuple(Tick(across(x), f"{x:.10g}") for x in _round_numbers(first, last, 5)),
+        tuple(Tick(up(y), f"{y:.10g}") for y in levels or _round_numbers(low, high, 5)),
         marked,
         "; ".join(
             f"{name}: {shown(points[0][1])} at step {shown(points[0][0])}, "

@@ -243,7 +243,7 @@ def _steps(files: RunFiles) -> tuple[int, int | None]:
 def _duration(seconds: float) -> str:
     """
     >>> _duration(4.24), _duration(200), _duration(7300), _duration(90000)
-    ('4.2 s', '3 min 20 s', '2 h 2 min', '1 d 1 h')
+    ('4.2 s', '3 min 20 s', '2 h 1 min', '1 d 1 h')
     """
     if seconds < 10:
         return f"{max(seconds, 0):.1f} s"
