@@ -77,25 +77,24 @@ def _edges(ids: NDArray[Any], width: int) -> NDArray[np.bool_]:
     return edge
 
 
-def outlined_png(
-    image: NDArray[Any], instances: NDArray[Any] | None, colour: tuple[int, int, int], side: int = 768
-) -> bytes:
-    """As `outlined`, as the bytes of a PNG for a page: no side longer than `side`, a small image enlarged.
+def outlined_png(image: NDArray[Any], *outlines: tuple[NDArray[Any], tuple[int, int, int]], side: int = 768) -> bytes:
+    """As `outlined`, as the bytes of a PNG for a page, with the (instances, colour) one over the other,
+    all but the first three times as wide.
 
-    A byte a pixel (254 greys and the colour): a third of what three would take.
+    No side is longer than `side`, and a small image is enlarged. A byte a pixel, the greys and the colours: a third of
+    what three would take.
     """
-    zoom = _zoom(image.shape, side)
+    zoom, by = _zoom(image.shape, side), -(-max(image.shape) // side)
     if zoom < 1:
-        by = -(-max(image.shape) // side)
-        image, instances = _smaller(image, by), None if instances is None else instances[::by, ::by]
-    picture = np.minimum(_grey(image), 253)
-    if zoom > 1:
-        picture = np.kron(picture, np.ones((zoom, zoom), np.uint8))
-    if instances is not None:
-        ids = np.kron(instances, np.ones((zoom, zoom), instances.dtype)) if zoom > 1 else instances
-        picture[_edges(ids, 2 if zoom > 1 else 1)] = 254
-    greys = [(level, level, level) for level in range(254)]
-    return _indexed_png(picture, [*greys, colour])
+        image = _smaller(image, by)
+    top = 255 - len(outlines)
+    picture = np.minimum(np.kron(_grey(image), np.ones((max(zoom, 1),) * 2, np.uint8)), top)
+    for number, (instances, _) in enumerate(outlines, 1):
+        ids = np.kron(instances, np.ones((zoom, zoom), instances.dtype)) if zoom > 0 else instances[::by, ::by]
+        # the ones above are few, and what a reader looks for
+        picture[_edges(ids, (2 if zoom > 1 else 1) * (1 if number == 1 else 3))] = top + number
+    greys = [(level, level, level) for level in range(top + 1)]
+    return _indexed_png(picture, [*greys, *(colour for _, colour in outlines)])
 
 
 def weight_png(weight: NDArray[Any], side: int = 768) -> bytes:

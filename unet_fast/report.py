@@ -37,9 +37,11 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-ur
 _IDLE = 0.5
 _FALLING = 0.05
 _RISING = 0.1
+_HIT = 0.5
+_LOW = 2**32 - 1
 
 # what a page of a size that can be mailed has room for
-_MOST_OVERLAYS, _MOST_SIDE_PX = 8, 768
+_MOST_OVERLAYS = 8
 _MOST_ROWS, _MOST_ENTRIES, _MOST_LETTERS = 1000, 1000, 4000
 _DEEPEST = 5
 # what a setting is, in the order of the table
@@ -338,10 +340,10 @@ def _still_falling(log: Sequence[Mapping[str, str]]) -> str | None:
 
 def _overfits(log: Sequence[Mapping[str, str]]) -> str | None:
     validations, losses = _points(log, "val_loss"), _points(log, "loss")
-    if len(validations) < 4 or len(losses) < 4:
+    if len(validations) < 8 or len(losses) < 8:
         return None
     best_step, lowest = min(validations, key=lambda point: point[1])
-    last = validations[-max(1, len(validations) // 4) :]
+    last = validations[-(len(validations) // 4) :]
     if last[0][0] <= best_step:
         return None
     now = statistics.fmean(value for _, value in last)
@@ -399,27 +401,47 @@ def _any(log: Iterable[Mapping[str, str]], key: str) -> bool:
 
 
 def _slice(overlay: Overlay) -> _Slice:
+    name, image, truth, found, weight = overlay.name, overlay.image, overlay.truth, overlay.found, overlay.weight
     pictures = []
-    name = overlay.name
-    for ids, colour, title, what in (
-        (overlay.truth, TRUTH, "truth", "that are there"),
-        (overlay.found, FOUND, "found", "that were found"),
-    ):
-        if ids is not None:
-            said = f"{name} with the outlines of the {_cells(ids)} {what}"
-            title += f": {_cells(ids)}"
-            pictures.append(_Picture(title, said, _inside(outlined_png(overlay.image, ids, colour, _MOST_SIDE_PX))))
+    if truth is not None:
+        said = f"{name} with the outlines of the {_cells(truth)} that are there"
+        pictures.append(_Picture(f"truth: {_cells(truth)}", said, _inside(outlined_png(image, (truth, TRUTH)))))
+    if found is not None:
+        title, said = f"found: {_cells(found)}", f"{name} with the outlines of the {_cells(found)} that were found"
+        outlines = [(found, FOUND)]
+        if truth is not None:
+            missed = _missed(truth, found)
+            title += f"; missed: {_cells(missed)}"
+            said += f" and of the {_cells(missed)} that were missed"
+            outlines.append((missed, TRUTH))
+        pictures.append(_Picture(title, said, _inside(outlined_png(image, *outlines))))
     if not pictures:
-        blank = outlined_png(overlay.image, None, TRUTH, _MOST_SIDE_PX)
-        pictures.append(_Picture("image", f"{name} as it is", _inside(blank)))
-    if overlay.weight is not None:
-        greatest = shown(float(overlay.weight.max()))
+        pictures.append(_Picture("image", f"{name} as it is", _inside(outlined_png(image))))
+    if weight is not None:
+        greatest = shown(float(weight.max()))
         said = f"weight of each pixel of {name}, from 0 to {greatest}"
-        pictures.append(_Picture(f"weight, 0 to {greatest}", said, _inside(weight_png(overlay.weight)), small=True))
-        ids = overlay.truth if overlay.truth is not None else np.zeros(overlay.image.shape, np.int32)
+        pictures.append(_Picture(f"weight, 0 to {greatest}", said, _inside(weight_png(weight)), small=True))
+        ids = np.zeros(image.shape, np.int32) if truth is None else truth
         said = f"the weight map of {name} enlarged where it is greatest, with the outlines of the cells"
-        pictures.append(_Picture("the ridge, enlarged", said, _inside(ridge_png(overlay.weight, ids)), small=True))
-    return _Slice(name, tuple(pictures), overlay.weight is not None)
+        pictures.append(_Picture("the ridge, enlarged", said, _inside(ridge_png(weight, ids)), small=True))
+    return _Slice(name, tuple(pictures), weight is not None)
+
+
+def _missed(truth: NDArray[np.int32], found: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The true cells that no found one shares more than half of what either covers with (IoU 0.5, as in AP at 0.5)."""
+    here = truth >= 0
+    true, other = truth[here].astype(np.int64), np.maximum(found[here], 0).astype(np.int64)
+    areas = [
+        dict(zip(*(each.tolist() for each in np.unique(ids, return_counts=True)), strict=True)) for ids in (true, other)
+    ]
+    # a pair of ids as one number: many times faster to sort
+    pairs, shared = np.unique(true << 32 | other, return_counts=True)
+    hit = {
+        pair >> 32
+        for pair, n in zip(pairs.tolist(), shared.tolist(), strict=True)
+        if pair >> 32 and pair & _LOW and n > _HIT * (areas[0][pair >> 32] + areas[1][pair & _LOW] - n)
+    }
+    return np.where(np.isin(truth, list(hit)), 0, np.maximum(truth, 0)).astype(np.int32)
 
 
 def _cells(ids: NDArray[np.int32]) -> str:

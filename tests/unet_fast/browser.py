@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,11 @@ def tab(program: str, profile: Path) -> Iterator[Page]:
             page.call(f"{domain}.enable")
         yield page
     finally:
+        # by itself it takes its helpers with it
+        with suppress(AssertionError, OSError, subprocess.TimeoutExpired):
+            page._session = None
+            page.call("Browser.close")
+            browser.wait(10)
         browser.kill()
         browser.wait()
         os.close(ours_out)

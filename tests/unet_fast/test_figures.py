@@ -92,21 +92,30 @@ def opened(png: bytes) -> "np.ndarray":
 def test_pictures_for_a_page_are_neither_tiny_nor_huge(shape: tuple[int, int], size: tuple[int, int]) -> None:
     image, ids = np.random.default_rng(0).random(shape), np.zeros(shape, np.int32)
     ids[: shape[0] // 2] = 1
-    picture = opened(figures.outlined_png(image, ids, figures.FOUND))
+    picture = opened(figures.outlined_png(image, (ids, figures.FOUND)))
     assert picture.shape == (*size, 3)
     line = (picture == figures.FOUND).all(-1)
     rows = np.flatnonzero(line.all(1))
     assert abs(rows - size[0] // 2).max() <= 2
     assert line.sum() == len(rows) * size[1]
     assert opened(figures.weight_png(image)).shape == (*size, 3)
-    plain = opened(figures.outlined_png(image, None, figures.FOUND))
+    plain = opened(figures.outlined_png(image))
     assert (plain[..., :1] == plain).all()
 
 
 def test_pictures_for_a_page_are_those_of_a_figure() -> None:
-    page = opened(figures.outlined_png(IMAGE, IDS, figures.TRUTH, side=3 * 64))
+    page = opened(figures.outlined_png(IMAGE, (IDS, figures.TRUTH), side=3 * 64))
     figure = figures.outlined(IMAGE, IDS, figures.TRUTH, zoom=3)
     assert np.abs(page.astype(int) - figure).max() <= 2
+
+
+def test_outlines_of_a_picture_for_a_page_lie_one_over_the_other() -> None:
+    under, over = np.zeros((2, 40, 60), np.int32)
+    under[10:30, 10:50], over[10:30, 10:30] = 1, 1
+    picture = opened(figures.outlined_png(np.zeros((40, 60)), (under, figures.FOUND), (over, figures.TRUTH)))
+    zoom = picture.shape[0] // 40
+    assert tuple(picture[10 * zoom, 12 * zoom]) == figures.TRUTH
+    assert tuple(picture[10 * zoom, 40 * zoom]) == figures.FOUND
 
 
 def test_a_smaller_image_has_the_means_of_the_pixels() -> None:

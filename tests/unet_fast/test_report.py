@@ -331,6 +331,16 @@ def test_a_page_is_small_enough_to_be_mailed_and_soon_there(tmp_path: Path) -> N
     assert size < 6_000_000
 
 
+def test_cells_that_were_missed_are_counted() -> None:
+    truth, found = np.zeros((2, 20, 40), np.int32)
+    truth[0:10, 0:10], truth[0:10, 10:20], truth[0:10, 30:40], truth[10:20, 30:40] = 1, 2, 7, -1
+    # the first with half of another, the second not, the third by two halves; what lies in the ignored part is nothing
+    found[0:10, 0:15], found[0:5, 30:40], found[5:20, 30:40] = 3, 4, 5
+    assert np.unique(report._missed(truth, found)).tolist() == [0, 2, 7]
+    assert np.array_equal(report._missed(truth, np.zeros_like(found)), np.maximum(truth, 0))
+    assert not report._missed(truth, truth).any()
+
+
 def test_pictures_of_large_images_are_made_smaller(tmp_path: Path, quick: None) -> None:
     names = [f"{i}.tif" for i in range(11)]
     run = write_run(tmp_path / "run", names=names, size=32)
