@@ -497,6 +497,17 @@ def evaluate(
         typer.echo(_data(report.as_dict()) if as_json else report.table())
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Option("--run", help="Folder of a training run.")],
+) -> None:
+    """Draw the page of a training run again, report.html, from the files of the run alone."""
+    with _sentences():
+        from .report import write_report
+
+        typer.echo(write_report(run))
+
+
 @app.command("check-data")
 def check_data(
     images: Images,

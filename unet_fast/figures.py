@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from scipy import ndimage
 
 from unet_kernels import ERROR_KINDS
@@ -26,6 +29,9 @@ __all__ = [
     "draw_seams",
     "draw_weight",
     "outlined",
+    "outlined_png",
+    "ridge_png",
+    "weight_png",
 ]
 
 # told apart by colour-blind readers too
@@ -45,19 +51,92 @@ def outlined(
 
     The line lies inside the cell, two of its zoomed pixels wide, so that touching cells show two lines.
     """
-    low, high = np.percentile(image, (0.5, 99.5))
-    grey = np.clip((image - low) / max(high - low, 1e-12), 0, 1)
-    large = np.kron(grey, np.ones((zoom, zoom)))
-    ids = np.kron(instances, np.ones((zoom, zoom), instances.dtype))
-    around = np.pad(ids, 2, mode="edge")
-    edge = np.zeros(ids.shape, bool)
-    for dy, dx in ((0, 1), (0, 2), (1, 0), (2, 0), (1, 1), (1, -1)):
-        for sign in (-1, 1):
-            rows, columns = (slice(2 + sign * d, 2 + sign * d + n) for d, n in zip((dy, dx), ids.shape, strict=True))
-            edge |= (around[rows, columns] != ids) & (ids > 0)
-    out = np.repeat((large * 255).astype(np.uint8)[..., None], 3, axis=2)
-    out[edge] = colour
+    out = np.repeat(np.kron(_grey(image), np.ones((zoom, zoom), np.uint8))[..., None], 3, axis=2)
+    out[_edges(np.kron(instances, np.ones((zoom, zoom), instances.dtype)), 2)] = colour
     return out
+
+
+def _grey(image: NDArray[Any]) -> NDArray[np.uint8]:
+    low, high = np.percentile(image, (0.5, 99.5))
+    return (np.clip((image - low) / max(high - low, 1e-12), 0, 1) * 255).astype(np.uint8)
+
+
+def _edges(ids: NDArray[Any], width: int) -> NDArray[np.bool_]:
+    """Pixels of a cell so near to another or to the background, that they are its outline."""
+    around = np.pad(ids, width, mode="edge")
+    edge = np.zeros(ids.shape, bool)
+    straight = [(0, reach) for reach in range(1, width + 1)]
+    # a corner closes a line two pixels wide; one of a single pixel is thinner without it
+    corners = [(1, 1), (1, -1)] if width > 1 else []
+    for dy, dx in (*straight, *((dx, dy) for dy, dx in straight), *corners):
+        for sign in (-1, 1):
+            rows, columns = (
+                slice(width + sign * d, width + sign * d + n) for d, n in zip((dy, dx), ids.shape, strict=True)
+            )
+            edge |= (around[rows, columns] != ids) & (ids > 0)
+    return edge
+
+
+def outlined_png(image: NDArray[Any], *outlines: tuple[NDArray[Any], tuple[int, int, int]], side: int = 768) -> bytes:
+    """As `outlined`, as the bytes of a PNG for a page, with the (instances, colour) one over the other,
+    all but the first three times as wide.
+
+    No side is longer than `side`, and a small image is enlarged. A byte a pixel, the greys and the colours: a third of
+    what three would take.
+    """
+    zoom, by = _zoom(image.shape, side), -(-max(image.shape) // side)
+    if zoom < 1:
+        image = _smaller(image, by)
+    top = 255 - len(outlines)
+    picture = np.minimum(np.kron(_grey(image), np.ones((max(zoom, 1),) * 2, np.uint8)), top)
+    for number, (instances, _) in enumerate(outlines, 1):
+        ids = np.kron(instances, np.ones((zoom, zoom), instances.dtype)) if zoom > 0 else instances[::by, ::by]
+        # the ones above are few, and what a reader looks for
+        picture[_edges(ids, (2 if zoom > 1 else 1) * (1 if number == 1 else 3))] = top + number
+    greys = [(level, level, level) for level in range(top + 1)]
+    return _indexed_png(picture, [*greys, *(colour for _, colour in outlines)])
+
+
+def weight_png(weight: NDArray[Any], side: int = 768) -> bytes:
+    """A weight map [H, W] as the bytes of a PNG, from 0 (black) to its greatest value (light yellow)."""
+    zoom = _zoom(weight.shape, side)
+    if zoom < 1:
+        weight = _smaller(weight, -(-max(weight.shape) // side))
+    levels = (np.clip(weight / max(float(weight.max()), 1e-12), 0, 1) * 255).astype(np.uint8)
+    colours = (colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(int).tolist()
+    return _indexed_png(np.kron(levels, np.ones((max(zoom, 1),) * 2, np.uint8)), colours)
+
+
+def ridge_png(weight: NDArray[Any], instances: NDArray[Any]) -> bytes:
+    """The weight map close by, where it is greatest, with the outlines of the cells in white: bytes of a PNG."""
+    rows, columns = _around_peak(weight, 48)
+    near, ids = weight[rows, columns], instances[rows, columns]
+    levels = (np.clip(near / max(float(weight.max()), 1e-12), 0, 1) * 254).astype(np.uint8)
+    large, ids = (np.kron(each, np.ones((8, 8), each.dtype)) for each in (levels, ids))
+    large[_edges(ids, 2)] = 255
+    colours = (colormaps["magma"](np.arange(255) / 254)[:, :3] * 255).round().astype(int).tolist()
+    return _indexed_png(large, [*colours, (255, 255, 255)])
+
+
+def _zoom(shape: tuple[int, ...], side: int) -> int:
+    """By which an image is enlarged to be seen well; 0 where it must become smaller."""
+    return min(4, side // max(shape))
+
+
+def _smaller(image: NDArray[Any], by: int) -> NDArray[Any]:
+    """The means of squares of so many pixels; those at the far edges are of what is there."""
+    rows, columns = (np.arange(0, n, by) for n in image.shape)
+    sums = np.add.reduceat(np.add.reduceat(image.astype(np.float64), rows, axis=0), columns, axis=1)
+    high, wide = (np.diff([*starts, n]) for starts, n in zip((rows, columns), image.shape, strict=True))
+    return sums / (high[:, None] * wide)
+
+
+def _indexed_png(picture: NDArray[np.uint8], colours: Sequence[Sequence[int]]) -> bytes:
+    image = Image.fromarray(picture)
+    image.putpalette([value for colour in colours for value in colour])
+    kept = BytesIO()
+    image.save(kept, "PNG")
+    return kept.getvalue()
 
 
 def draw_prediction(
@@ -199,7 +278,8 @@ def draw_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, float | Non
                 last = best[-1]
                 axis.plot([last["step"]], [last[key]], marker="*", markersize=13, color=colour)
     axes[0].set_title("loss")
-    axes[0].set_yscale("log")
+    if any((row.get(key) or 0) > 0 for log in logs.values() for row in log for key in ("loss", "val_loss")):
+        axes[0].set_yscale("log")
     for axis, (_, label) in zip(axes[1:], scores, strict=True):
         axis.set_title(f"{label} (validation)")
     for axis in axes:

@@ -1,5 +1,6 @@
 """Pictures show what they say: lines where ids change, files that open, nothing half-written."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,63 @@ def test_every_figure_is_a_picture(tmp_path: Path, draw: "object") -> None:
         assert min(picture.size) > 200
         assert np.asarray(picture.convert("L")).std() > 5
     assert [p.name for p in tmp_path.iterdir()] == ["figure.png"]
+
+
+def opened(png: bytes) -> "np.ndarray":
+    with Image.open(BytesIO(png)) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((20, 30), (80, 120)), ((500, 768), (500, 768)), ((2000, 900), (667, 300))]
+)
+def test_pictures_for_a_page_are_neither_tiny_nor_huge(shape: tuple[int, int], size: tuple[int, int]) -> None:
+    image, ids = np.random.default_rng(0).random(shape), np.zeros(shape, np.int32)
+    ids[: shape[0] // 2] = 1
+    picture = opened(figures.outlined_png(image, (ids, figures.FOUND)))
+    assert picture.shape == (*size, 3)
+    line = (picture == figures.FOUND).all(-1)
+    rows = np.flatnonzero(line.all(1))
+    assert abs(rows - size[0] // 2).max() <= 2
+    assert line.sum() == len(rows) * size[1]
+    assert opened(figures.weight_png(image)).shape == (*size, 3)
+    plain = opened(figures.outlined_png(image))
+    assert (plain[..., :1] == plain).all()
+
+
+def test_pictures_for_a_page_are_those_of_a_figure() -> None:
+    page = opened(figures.outlined_png(IMAGE, (IDS, figures.TRUTH), side=3 * 64))
+    figure = figures.outlined(IMAGE, IDS, figures.TRUTH, zoom=3)
+    assert np.abs(page.astype(int) - figure).max() <= 2
+
+
+def test_outlines_of_a_picture_for_a_page_lie_one_over_the_other() -> None:
+    under, over = np.zeros((2, 40, 60), np.int32)
+    under[10:30, 10:50], over[10:30, 10:30] = 1, 1
+    picture = opened(figures.outlined_png(np.zeros((40, 60)), (under, figures.FOUND), (over, figures.TRUTH)))
+    zoom = picture.shape[0] // 40
+    assert tuple(picture[10 * zoom, 12 * zoom]) == figures.TRUTH
+    assert tuple(picture[10 * zoom, 40 * zoom]) == figures.FOUND
+
+
+def test_a_smaller_image_has_the_means_of_the_pixels() -> None:
+    image = np.arange(35.0).reshape(5, 7)
+    smaller = figures._smaller(image, 3)
+    assert smaller.shape == (2, 3)
+    assert smaller[0, 0] == image[:3, :3].mean()
+    assert smaller[1, 2] == image[3:, 6:].mean()
+
+
+def test_the_ridge_is_where_the_weight_is_greatest() -> None:
+    weight, ids = np.ones((200, 300)), np.zeros((200, 300), np.int32)
+    weight[150:156, 250:256] = 11
+    ids[100:, 253:] = 1
+    picture = opened(figures.ridge_png(weight, ids))
+    assert picture.shape == (384, 384, 3)
+    lightest = opened(figures.weight_png(weight)).reshape(-1, 3).max(0)
+    assert (np.abs(picture.astype(int) - lightest).max(-1) < 3).sum() > 6 * 5 * 64
+    assert (picture == 255).all(-1).any()
+    assert opened(figures.ridge_png(np.ones((5, 70)), np.zeros((5, 70), np.int32))).shape == (40, 384, 3)
 
 
 def test_a_flat_image_and_an_empty_one_can_be_drawn(tmp_path: Path) -> None:
