@@ -56,3 +56,15 @@ def on_device(device: torch.device) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(20150518)
+
+
+@pytest.fixture
+def blank_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page of a run takes longer to draw than the small runs of tests; `test_report` looks at it."""
+    from unet_fast import run
+
+    def draw(place: Path) -> None:
+        for name in ("curves.png", "report.html"):
+            (place / name).write_bytes(b"a page")
+
+    monkeypatch.setattr(run, "write_report", draw)

@@ -7,6 +7,7 @@ RUN/model.safetensors the best model by validation (the last, where nothing is h
 RUN/scores.csv        of each validation image, by that model
 RUN/overlays.npz      some of these images with what was found in them, for pictures
 RUN/checkpoints/      states for --resume: the last two, and the best model's
+RUN/report.html       all of it on one page, drawn from these files
 """
 
 import csv
@@ -41,6 +42,7 @@ from .memory import largest_tile
 from .planning import Choice, Setting, counted_bytes
 from .progress import Progress
 from .records import about_data, about_machine
+from .report import write_report
 from .stepping import Stepper, mean_of_finite
 from .storage import MODEL, save
 from .task import Task
@@ -73,6 +75,8 @@ _OF_A_STEP = 0.6
 _SMALLER = 0.85
 # pictures of a run: so many images, of at most so many pixels a side
 _SHOWN, _SHOWN_SIDE = 4, 512
+# the page is drawn anew at a validation, if it is so old
+_PAGE_SECONDS = 60.0
 # a net that has just skipped so many steps in a row may be lost: its state is not kept in a good one's place
 _DOUBTFUL = 3
 
@@ -114,7 +118,8 @@ class Run:
         self.updating = False
         # the greatest peak above the budget, and whether coming down is still tried
         self.exceeded, self.watched = 0, True
-        self.busy, self._kept = Busy(self.device), time.monotonic()
+        self.busy = Busy(self.device)
+        self._kept = self._drawn = time.monotonic()
         self._board: Any = None
         self._feed_from(config)
 
@@ -486,6 +491,8 @@ class Run:
                 raise self._diverged("no model was ever worth saving: what the net says is no number")
             if sound:
                 self.keep_state()
+            if time.monotonic() - self._drawn > _PAGE_SECONDS:
+                self.draw_page()
 
     def _check(self, row: dict[str, Any], loss: float) -> bool:
         """Validate, and save what is the best so far; whether what the net says is a number."""
@@ -539,6 +546,16 @@ class Run:
                 f"weight_{number}": self.validation.weights[i][0].numpy()[here].astype(np.float16),
             }
         return shown
+
+    def draw_page(self) -> None:
+        """One that cannot be written ends no run."""
+        if not self.ranks.main:
+            return
+        try:
+            write_report(self.config.out)
+        except BadInput as error:
+            say(f"note: {error}")
+        self._drawn = time.monotonic()
 
     def _show_on_board(self, row: dict[str, Any]) -> None:
         if not (self.config.tensorboard and self.ranks.main):

@@ -27,7 +27,6 @@ from .config import TrainConfig, read_toml
 from .data import Example
 from .distribution import Ranks
 from .errors import BadInput
-from .figures import draw_curves
 from .files import writable_folder
 from .journal import FOLDER, locked
 from .measuring import Apart, Measured, Meter, capped
@@ -153,8 +152,7 @@ def _carried_out(
     try:
         run.loop(tell is say)
     finally:
-        if ranks.main:
-            draw_curves(config.out / "curves.png", {config.out.name: read_log(config.out / "log.csv")})
+        run.draw_page()
     # what the main process has written is there for all
     ranks.wait()
     return TrainResult(load(config.out), config.out, run.best_step, read_log(config.out / "log.csv"))

@@ -67,7 +67,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's picture and the processes of its trials take longer than these runs."""
-    monkeypatch.setattr(training, "draw_curves", lambda path, logs: None)
+    monkeypatch.setattr(running, "write_report", lambda place: None)
     monkeypatch.setattr(training, "Apart", lambda *_: lambda function, *arguments: function(*arguments))
 
 

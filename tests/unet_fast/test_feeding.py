@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unet_fast import TrainConfig, synthetic, train, training
+from unet_fast import TrainConfig, synthetic, train
 from unet_fast.data import Example, read_labelled
 from unet_fast.feeding import Feed, Resident, resident, resident_bytes
 from unet_fast.files import write_tiff
@@ -160,7 +160,7 @@ def test_where_images_lie_is_as_asked_and_by_itself_on_the_host_of_a_cpu(drawn: 
 
 
 @pytest.mark.slow
-def test_a_run_is_the_same_bits_whoever_draws_its_tiles(drawn: Path, tmp_path: Path) -> None:
+def test_a_run_is_the_same_bits_whoever_draws_its_tiles(drawn: Path, tmp_path: Path, blank_page: None) -> None:
     weights = []
     for number, more in enumerate(({}, {"workers": 2}, {"images_on": "device"})):
         result = train(config(drawn, tmp_path / str(number), **more), progress=False)
@@ -169,8 +169,7 @@ def test_a_run_is_the_same_bits_whoever_draws_its_tiles(drawn: Path, tmp_path: P
         assert all(torch.equal(other[name], weights[0][name]) for name in weights[0])
 
 
-def test_who_draws_may_change_on_resume(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "draw_curves", lambda path, logs: path.write_bytes(b"a picture"))
+def test_who_draws_may_change_on_resume(drawn: Path, tmp_path: Path, blank_page: None) -> None:
     first = train(config(drawn, tmp_path / "run"), progress=False)
     again = train(config(drawn, tmp_path / "run", workers=1, images_on="device"), resume=True, progress=False)
     assert again.log == first.log

@@ -106,9 +106,8 @@ def finished(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def blank_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run's picture takes longer than these runs; `finished` has a real one, `test_figures` looks at it."""
-    monkeypatch.setattr(training, "draw_curves", lambda path, logs: path.write_bytes(b"a picture"))
+def no_page(blank_page: None) -> None:
+    """`finished` has a real one."""
 
 
 # ---- what lies there
@@ -123,6 +122,7 @@ def test_a_run_leaves_its_settings_its_log_its_best_model_and_two_states(drawn: 
         "log.csv",
         MODEL,
         "overlays.npz",
+        "report.html",
         "run.json",
         "scores.csv",
     ]

@@ -23,6 +23,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from unet_fast import TrainConfig, load, synthetic, train, training
+from unet_fast import run as running
 from unet_fast.checkpoints import newest
 from unet_fast.cli import app
 from unet_fast.errors import BadInput
@@ -71,7 +72,7 @@ def quick_collection() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's picture takes longer than these runs."""
-    monkeypatch.setattr(training, "draw_curves", lambda path, logs: None)
+    monkeypatch.setattr(running, "write_report", lambda place: None)
 
 
 class Here:
@@ -531,7 +532,7 @@ def came_down(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that came down to a smaller tile and that nobody disturbed; not to be changed."""
     run = tmp_path_factory.mktemp("came_down") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_curves", lambda path, logs: None)
+        patch.setattr(running, "write_report", lambda place: None)
         patch.setattr(training, "Apart", Here)
         starve(patch, small)
         train(config(drawn, run, **GIVEN), progress=False)
