@@ -48,9 +48,9 @@ check: lint
 bench: $(STAMP)
 	$(RUN) -m pytest benchmarks --benchmark-only -q
 
-# two hundred random kills of a prediction, where `make test` has thirty
+# two hundred random kills of a prediction and of a training, where `make test` has thirty
 soak: $(STAMP)
-	UNET_FAST_SOAK=200 $(RUN) -m pytest -q tests/unet_fast/test_interruption.py
+	UNET_FAST_SOAK=200 $(RUN) -m pytest -q tests/unet_fast/test_interruption.py tests/unet_fast/test_checkpoints.py
 
 # the native libraries with warnings as errors, and their own tests; CUDA where there is an nvcc; then the C++ once more,
 # watched by the address and undefined-behaviour sanitizers

@@ -37,6 +37,8 @@ from unet_fast import TrainConfig, train
 from unet_fast import run as running
 
 torch.set_num_threads(1)
+# it takes longer to draw than these runs
+running.write_report = lambda place: None
 whole = running.Run.gradient
 for port, settings, resume, stop, poison in json.loads(sys.argv[1]):
     os.environ["MASTER_PORT"] = str(port)
@@ -57,13 +59,16 @@ for port, settings, resume, stop, poison in json.loads(sys.argv[1]):
 """
 
 
+Jobs = list[tuple[TrainConfig, bool, int | None, int | None]]
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
 
 
-def in_processes(count: int, cases: list[tuple[TrainConfig, bool, int | None, int | None]]) -> None:
+def in_processes(count: int, cases: Jobs) -> None:
     """Run trainings (settings, resume, step at which all are interrupted, step with a NaN) in that many processes."""
     told = json.dumps([(free_port(), case[0].as_dict(), *case[1:]) for case in cases])
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -136,57 +141,32 @@ def same(a: Path, b: Path) -> bool:
     return str(log) == str(log_b) and all(all(torch.equal(x[k], y[k]) for k in y) for x, y in pairs)
 
 
-@pytest.fixture(scope="module")
-def two(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that two processes do."""
-    place = tmp_path_factory.mktemp("two")
-    jobs: list[tuple[TrainConfig, bool, int | None, int | None]] = [
-        (config(drawn, place / name, **more), False, None, None) for name, more in (CASES | NEARLY).items()
-    ]
-    jobs += [(config(drawn, place / "stopped"), False, 4, None), (config(drawn, place / "stopped"), True, None, None)]
-    jobs += [(config(drawn, place / "later by one"), False, 5, None)]
-    jobs += [(config(drawn, place / "poisoned"), False, None, 2)]
-    in_processes(2, jobs)
-    return place
+def test_two_processes_train_the_net_of_one_bit_for_bit(drawn: Path, tmp_path: Path, blank_page: None) -> None:
+    """One test of many cases: what is expensive is to launch processes."""
+    one, two = tmp_path / "one", tmp_path / "two"
 
+    def jobs(place: Path) -> Jobs:
+        cases = [(config(drawn, place / name, **more), False, None, None) for name, more in (CASES | NEARLY).items()]
+        return [*cases, (config(drawn, place / "poisoned"), False, None, 2)]
 
-@pytest.fixture(scope="module")
-def one(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same by one."""
-    place = tmp_path_factory.mktemp("one")
-    jobs: list[tuple[TrainConfig, bool, int | None, int | None]] = [
-        (config(drawn, place / name, **more), False, None, None) for name, more in (CASES | NEARLY).items()
-    ]
-    in_processes(1, [*jobs, (config(drawn, place / "poisoned"), False, None, 2)])
-    return place
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_the_net_of_one_bit_for_bit(case: str, one: Path, two: Path) -> None:
-    assert same(one / case, two / case)
-    assert json.loads((two / case / "run.json").read_text())["processes"] == 2
-
-
-@pytest.mark.parametrize("case", NEARLY)
-def test_sums_in_another_order_are_the_same_to_rounding(case: str, one: Path, two: Path) -> None:
-    (best, log, _), (best_b, log_b, _) = outcome(one / case), outcome(two / case)
-    assert [row["loss"] for row in log] == pytest.approx([row["loss"] for row in log_b], rel=1e-4)
-    for name in best:
-        torch.testing.assert_close(best[name], best_b[name], rtol=1e-3, atol=1e-5)
-
-
-def test_two_that_were_interrupted_go_on_bit_for_bit(one: Path, two: Path) -> None:
-    assert same(two / "stopped", one / "tiles")
-
-
-def test_what_two_began_one_may_end(drawn: Path, one: Path, two: Path) -> None:
-    state = checkpoints.newest(two / "later by one")
-    assert state.about["step"] == 5
-    train(config(drawn, two / "later by one"), resume=True, progress=False)
-    assert same(two / "later by one", one / "tiles")
-
-
-def test_a_nan_in_one_process_skips_the_step_in_both(one: Path, two: Path) -> None:
+    stopped, later = config(drawn, two / "stopped"), config(drawn, two / "later by one")
+    in_processes(2, [*jobs(two), (stopped, False, 4, None), (stopped, True, None, None), (later, False, 5, None)])
+    in_processes(1, jobs(one))
+    for case in CASES:
+        assert same(one / case, two / case), case
+        assert json.loads((two / case / "run.json").read_text())["processes"] == 2
+    # sums in another order are the same to rounding
+    for case in NEARLY:
+        (best, log, _), (best_b, log_b, _) = outcome(one / case), outcome(two / case)
+        assert [row["loss"] for row in log] == pytest.approx([row["loss"] for row in log_b], rel=1e-4), case
+        for name in best:
+            torch.testing.assert_close(best[name], best_b[name], rtol=1e-3, atol=1e-5)
+    # two that were interrupted go on; and what two began, one may end
+    assert same(stopped.out, one / "tiles")
+    assert checkpoints.newest(later.out).about["step"] == 5
+    train(later, resume=True, progress=False)
+    assert same(later.out, one / "tiles")
+    # a NaN in one process skips the step in both
     assert same(two / "poisoned", one / "poisoned")
     assert [row["skipped"] for row in training.read_log(two / "poisoned" / "log.csv")] == [0, 1, 0, 0, 0]
     assert not same(one / "poisoned", one / "tiles")
@@ -207,14 +187,15 @@ def torchrun(count: int, *words: str, place: Path) -> subprocess.CompletedProces
     )  # fmt: skip
 
 
-def test_by_torchrun_one_speaks_and_one_writes(drawn: Path, one: Path, tmp_path: Path) -> None:
+def test_by_torchrun_one_speaks_and_one_writes(drawn: Path, tmp_path: Path) -> None:
     given = config(drawn, Path("run"))
     (tmp_path / "run.toml").write_text(given.to_toml())
     done = torchrun(2, "train", "--config", "run.toml", place=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("best model (step ") == 1
     assert done.stderr.count("7 steps in float32 on cpu, 2 processes") == 1
-    assert same(tmp_path / "run", one / "tiles")
+    train(config(drawn, tmp_path / "one"), progress=False)
+    assert same(tmp_path / "run", tmp_path / "one")
     # what cannot be shared is a sentence and an exit code
     done = torchrun(2, "train", "--config", "run.toml", "--out", "other", "--batch", "3", place=tmp_path)
     assert done.returncode != 0
