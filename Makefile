@@ -28,7 +28,7 @@ test: $(STAMP) $(if $(LINUX),$(OLD)/installed)
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 -m "slow and not interpreter"
 ifneq ($(LINUX),)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) -m pytest -q -n 2 -m interpreter
-	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD) TRITON_INTERPRET=1 $(RUN) -m pytest -q -n 2 -m "interpreter and not slow"
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLD) TRITON_INTERPRET=1 $(RUN) -m pytest -q -n 2 -m "interpreter and not slow" --one-in 3
 	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/proof -m "not interpreter" -k "spill or instruction"
 	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/unet_kernels -m "not interpreter" -k "compiled_code and (float16 and channels_last or derivative or uint8-3)"
 	PYTHONPATH=$(OLD) $(RUN) -m pytest -q tests/unet_kernels/test_dweight.py tests/unet_kernels/test_conv3x3_dx.py -m "not interpreter and not slow" -k compiled_code
