@@ -304,7 +304,9 @@ def test_killed_at_random_a_run_loses_at_most_one_interval_and_ends_with_the_sam
     killed, before, stuck = 0, 0, 0
     while killed < KILLS:
         resume = bool(checkpoints(out))
-        number = forks.train({**settings(drawn, out), "resume": resume}, after_s=rng.uniform(0.1, 0.7) * ran.seconds)
+        # where the machine has become slower than it was, it gets longer to come to anything
+        after_s = rng.uniform(0.1, 0.7) * ran.seconds * (1 + stuck / 10)
+        number = forks.train({**settings(drawn, out), "resume": resume}, after_s=after_s)
         found = forks.wait(number)
         killed += found.killed
         if found.killed and not checkpoints(out):
@@ -320,7 +322,7 @@ def test_killed_at_random_a_run_loses_at_most_one_interval_and_ends_with_the_sam
         # the log is written before the state of its last row: that one interval may be lost, and not two
         assert not log or int(log[-1]) - at <= 5
         stuck = stuck + 1 if at == before else 0
-        assert stuck < 40
+        assert stuck < 60
         before = at
         if found.done:
             found_best, _ = read_tensors(out / "model.safetensors")
