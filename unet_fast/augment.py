@@ -13,6 +13,8 @@ from torch import Tensor
 
 import unet_kernels
 
+from .sending import sent
+
 __all__ = ["ElasticWarp"]
 
 # A bicubic map's slope along a row or column is at most so many times the largest step between neighbouring points of
@@ -211,14 +213,14 @@ class ElasticWarp:
         device, top = image.device, _highest(image.dtype)
         out, labels = self.apply(
             image[None],
-            displacement.to(device),
+            sent(displacement, device),
             labels=instances[None],
-            matrix=matrix.to(device),
-            lut=(top * lut).to(device) if self.grey else None,
+            matrix=sent(matrix, device),
+            lut=sent(top * lut, device) if self.grey else None,
             out_size=tile_in,
         )
         if self.noise:
-            noise = (top * sd * _normal(generator, *out.shape)).to(device)
+            noise = sent(top * sd * _normal(generator, *out.shape), device)
             if image.is_floating_point():
                 out = out + noise.to(out.dtype)
             else:

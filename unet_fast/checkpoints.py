@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .errors import BadInput
 from .files import plain_mode, sync_folder
 from .units import readable
 
-__all__ = ["State", "checkpoints", "keep", "newest", "read", "sweep"]
+__all__ = ["State", "checkpoints", "keep", "newest", "read", "set_aside", "step_of", "sweep"]
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE, MANIFEST = "weights.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"
@@ -50,7 +51,13 @@ class State:
 
 def checkpoints(out: Path) -> list[Path]:
     """Those of the run in `out`, oldest first."""
-    return sorted((path for path in (out / "checkpoints").glob("*") if _NAME.fullmatch(path.name)), key=_order)
+    found = (path for path in (out / "checkpoints").glob("*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=_order)
+
+
+def step_of(place: Path) -> int:
+    """After how many steps it was kept."""
+    return _order(place)[0]
 
 
 def _order(place: Path) -> tuple[int, int]:
@@ -134,7 +141,7 @@ def keep(out: Path, step: int, state: State, *, best_step: int | None = None) ->
     except BaseException:
         shutil.rmtree(writing, ignore_errors=True)
         raise
-    _drop(out, best_step)
+    _drop(out, place, best_step)
     return place
 
 
@@ -143,6 +150,18 @@ def sweep(out: Path) -> None:
     for prefix in (_WRITING, _REMOVING):
         for left in (out / "checkpoints").glob(f"{prefix}*"):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def set_aside(places: Iterable[Path], why: str) -> None:
+    """Take states out of the order, so that nothing goes on from them; `damaged-00000025` is what is left of one."""
+    for place in places:
+        name, count = f"{why}-{place.name}", 1
+        while place.with_name(name).exists():
+            count += 1
+            name = f"{why}-{place.name}-{count}"
+        # where that cannot be, it is passed over once more
+        with suppress(OSError):
+            place.rename(place.with_name(name))
 
 
 def _write(place: Path, state: State) -> None:
@@ -168,11 +187,11 @@ def _settle(path: Path) -> None:
     path.chmod(plain_mode())
 
 
-def _drop(out: Path, best_step: int | None) -> None:
+def _drop(out: Path, written: Path, best_step: int | None) -> None:
     found = checkpoints(out)
     of_best = [path for path in found if _order(path)[0] == best_step]
     for old in found[:-2]:
-        if old not in of_best[-1:]:
+        if old != written and old not in of_best[-1:]:
             # half a state must not have a state's name
             gone = old.with_name(f"{_REMOVING}{old.name}")
             try:

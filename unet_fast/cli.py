@@ -168,8 +168,9 @@ def _note(message: Warning | str, *_: Any) -> None:
 def _stop(sentence: str, code: int) -> None:
     if os.environ.get("UNET_FAST_DEBUG"):
         raise
-    # a file's name may hold a line break
-    typer.echo(f"error: {' '.join(sentence.split())}", err=True)
+    # of several processes each says which it is; a file's name may hold a line break
+    who = "" if os.environ.get("RANK", "0") == "0" else f" (process {os.environ['RANK']})"
+    typer.echo(f"error{who}: {' '.join(sentence.split())}", err=True)
     raise typer.Exit(code) from None
 
 
@@ -323,16 +324,21 @@ def train(
     given = {k: v.value if isinstance(v, StrEnum) else v for k, v in given.items() if v is not None}
     if features is not None:
         given["features"] = _numbers("--features", features)
-    if resume and out is None:
-        raise typer.BadParameter("say which run to continue", param_hint="--out")
     if resume and preset is not None:
         raise typer.BadParameter("a run goes on with the settings it began with", param_hint="--preset")
     with _sentences():
         from .config import PRESETS, TrainConfig, read_toml
+        from .distribution import Ranks
         from .training import resumed_config, train
 
         if config is not None:
-            given = {**read_toml(config), **given}
+            settings_of_file = read_toml(config)
+            for one, other in (("steps", "epochs"), ("epochs", "steps")):
+                if one in given:
+                    settings_of_file.pop(other, None)
+            given = {**settings_of_file, **given}
+        if resume and "out" not in given:
+            raise typer.BadParameter("say which run to continue", param_hint="--out")
         if not resume:
             chosen = dict(PRESETS[(preset or Preset.PAPER).value])
             if "epochs" in given:
@@ -341,9 +347,9 @@ def train(
         for needed in () if resume else ("images", "labels", "out"):
             if needed not in given:
                 raise typer.BadParameter("must be given, here or in --config", param_hint=f"--{needed}")
-        settings = resumed_config(**{"out": out, **given}) if resume else TrainConfig.from_dict(given)
+        settings = resumed_config(**{**given, "out": Path(given["out"])}) if resume else TrainConfig.from_dict(given)
         result = train(settings, resume=resume, progress=not quiet, accept_changed_data=accept_changed_data)
-        if os.environ.get("RANK", "0") == "0":
+        if Ranks.of_environment().main:
             # of several processes one speaks
             typer.echo(f"best model (step {result.best_step}): {result.run / 'model.safetensors'}", err=True)
 

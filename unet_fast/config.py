@@ -126,6 +126,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("images", "labels", "out"):
             object.__setattr__(self, name, Path(getattr(self, name)))
+            try:
+                str(getattr(self, name)).encode()
+            except UnicodeEncodeError as error:
+                raise BadInput(f"{name} must be a path that is text in UTF-8, got {getattr(self, name)!r}") from error
         object.__setattr__(self, "features", tuple(self.features))
         depth = len(self.features) - 1
         if depth < 0 or min(self.features) < 1:

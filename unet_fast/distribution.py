@@ -21,8 +21,10 @@ __all__ = ["Ranks"]
 
 T = TypeVar("T")
 
-# the main process may validate and write for longer than others wait by themselves
-_PATIENCE = timedelta(days=2)
+# the main process may try tiles, validate and write for longer than others wait by themselves
+_PATIENCE, _GRADIENT_PATIENCE = timedelta(days=2), timedelta(minutes=30)
+# what backends say of a process that is gone
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "connection was aborted")
 
 
 class Ranks:
@@ -35,6 +37,8 @@ class Ranks:
     def __init__(self, rank: int = 0, world: int = 1, local_rank: int = 0) -> None:
         self.rank, self.world, self.local_rank = rank, world, local_rank
         self._host: Any = None
+        # a signal asked this process to end
+        self.stopping = False
 
     @classmethod
     def of_environment(cls) -> "Ranks":
@@ -42,7 +46,11 @@ class Ranks:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if not all(name in os.environ for name in (*names, "MASTER_ADDR", "MASTER_PORT")):
             return cls()
-        return cls(*(int(os.environ[name]) for name in names))
+        try:
+            return cls(*(int(os.environ[name]) for name in names))
+        except ValueError:
+            said = ", ".join(f"{name}={os.environ[name]}" for name in names)
+            raise BadInput(f"{', '.join(names)} must be whole numbers, as torchrun sets them, got {said}") from None
 
     @property
     def main(self) -> bool:
@@ -50,7 +58,13 @@ class Ranks:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """Each process's own GPU, where a GPU is asked for by no number."""
+        """Each process's own GPU.
+
+        Raises:
+            BadInput: all are to take one and the same; there are too few.
+        """
+        if self.world > 1 and name.startswith("cuda:"):
+            raise BadInput(f"device must be cuda where {self.world} processes take a GPU each, got {name}")
         if self.world == 1 or name not in ("auto", "cuda"):
             return name
         if not torch.cuda.is_available():
@@ -70,10 +84,14 @@ class Ranks:
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_GRADIENT_PATIENCE)
         try:
             self._host = dist.new_group(backend="gloo", timeout=_PATIENCE)
             yield
+        except RuntimeError as error:
+            if self.main or not any(words in str(error) for words in _LOST):
+                raise
+            raise BadInput("another process of this run has ended, and says why") from error
         finally:
             self._host = None
             dist.destroy_process_group()
@@ -118,6 +136,14 @@ class Ranks:
         parts: list[Any] = [None] * self.world
         dist.all_gather_object(parts, part, group=self._host)
         return [each for one in parts for each in one]
+
+    def any_stopping(self) -> bool:
+        """Whether a signal has reached any of them: they end after the same step, or gradients wait for ever."""
+        if self.world == 1:
+            return self.stopping
+        flag = torch.tensor(int(self.stopping))
+        dist.all_reduce(flag, group=self._host)
+        return bool(flag)
 
     def wait(self) -> None:
         """Until all are here."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .data import Example, Grey
 from .sampling import Sampler
+from .sending import sent
 
 __all__ = ["Feed", "Resident", "resident", "resident_bytes"]
 
@@ -105,7 +106,9 @@ class Feed:
 
     def __init__(self, sampler: Sampler, share: range, device: torch.device, workers: int | None = None) -> None:
         self.sampler, self.share, self.device = sampler, share, device
-        if any(isinstance(example, Resident) for example in sampler.examples):
+        # then the device draws
+        self.by_device = any(isinstance(example, Resident) for example in sampler.examples)
+        if self.by_device:
             workers = 0
         elif workers is None:
             workers = 2 if device.type == "cuda" else 0
@@ -121,14 +124,10 @@ class Feed:
                 if later not in self._waiting:
                     self._waiting[later] = self._threads.submit(self._draw, later)
             drawn = self._waiting.pop(step).result()
-        return [tuple(part.to(self.device, non_blocking=True) for part in tile) for tile in drawn]
+        return [tuple(sent(part, self.device) for part in tile) for tile in drawn]
 
     def _draw(self, step: int) -> list[tuple[Tensor, ...]]:
-        tiles: list[tuple[Tensor, ...]] = list(self.sampler.drawn(step, self.share))
-        if self.device.type == "cuda" and tiles and tiles[0][0].device.type == "cpu":
-            # what is pinned is copied while the device works
-            tiles = [tuple(part.pin_memory() for part in tile) for tile in tiles]
-        return tiles
+        return list(self.sampler.drawn(step, self.share))
 
     def close(self) -> None:
         """Nothing is drawn any more."""

@@ -268,6 +268,8 @@ def draw_curves(path: Path, logs: Mapping[str, Sequence[Mapping[str, float | Non
     figure = Figure(figsize=(4.6 * (1 + len(scores)), 3.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, 1 + len(scores)))
     for number, (name, log) in enumerate(logs.items()):
+        # a name is text, and no formula
+        name = name.replace("$", r"\$").encode("utf-8", "replace").decode()
         colour = f"C{number}"
         _curve(axes[0], log, "loss", f"{name}: training", colour, "-")
         _curve(axes[0], log, "val_loss", f"{name}: validation", colour, "o--")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import unet_kernels
 
+from .sending import sent
+
 __all__ = ["VARIANTS", "BorderWeightedCrossEntropy"]
 
 # weight maps that were published: the paper's; the constants of Freiburg's later code (2019), whose background fades to
@@ -115,7 +117,7 @@ class BorderWeightedCrossEntropy(nn.Module):
         if self.class_weight is None:
             balance = torch.ones(target.shape, device=target.device)
         else:
-            table = torch.tensor(self.class_weight, device=target.device)
+            table = sent(torch.tensor(self.class_weight, device="cpu"), target.device)
             balance = table[target.clamp(0, len(table) - 1).long()]
         if self.fade is not None:
             far, sigma_px = self.fade

@@ -16,11 +16,13 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,7 @@ import unet_kernels
 
 from . import geometry
 from .augment import ElasticWarp
-from .checkpoints import State, checkpoints, keep
+from .checkpoints import State, checkpoints, keep, read, set_aside, step_of
 from .config import TrainConfig
 from .distribution import Ranks
 from .errors import BadInput
@@ -44,13 +46,13 @@ from .progress import Progress
 from .records import about_data, about_machine
 from .report import write_report
 from .stepping import Stepper, mean_of_finite
-from .storage import MODEL, save
+from .storage import MODEL, read_tensors, save
 from .task import Task
 from .tiling import covering_tile, cut_tile
 from .units import readable
 from .validation import SCORES, Judgement
 
-__all__ = ["LOG_COLUMNS", "Run", "say", "tiles_for", "with_setting"]
+__all__ = ["LOG_COLUMNS", "Run", "say", "tiles_for", "understood", "with_setting"]
 
 LOG_COLUMNS = (
     "step",
@@ -65,6 +67,7 @@ LOG_COLUMNS = (
     "val_cell_iou",
     "val_ap50",
     "best",
+    "scale",
     "busy",
     "seconds",
 )
@@ -77,8 +80,10 @@ _SMALLER = 0.85
 _SHOWN, _SHOWN_SIDE = 4, 512
 # the page is drawn anew at a validation, if it is so old
 _PAGE_SECONDS = 60.0
-# a net that has just skipped so many steps in a row may be lost: its state is not kept in a good one's place
-_DOUBTFUL = 3
+# somebody ends a run: a net that has just skipped more steps in a row than this may be lost, and its state is not kept
+_DOUBTFUL = 2
+# several processes ask one another after so many steps whether one has been told to end
+_STEPS_TO_STOP = 8
 
 
 class Run:
@@ -121,6 +126,7 @@ class Run:
         self.busy = Busy(self.device)
         self._kept = self._drawn = time.monotonic()
         self._board: Any = None
+        self.record: dict[str, Any] = {}
         self._feed_from(config)
 
     def _feed_from(self, config: TrainConfig) -> None:
@@ -138,11 +144,17 @@ class Run:
 
     # ---- what lies on disk
 
+    def _sound(self, skipped: int = 0) -> bool:
+        """Whether the weights are worth keeping: finite, and at most so many steps have just been skipped."""
+        finite = all(bool(p.isfinite().all()) for p in self.model.parameters())
+        return finite and int(self.stepper.in_a_row) <= skipped
+
     def begin(self) -> None:
         """The files of a run that has taken no step."""
         if not self.ranks.main:
             return
         out = self.config.out
+        self._open_board()
         self._write_config()
         self._write_record(self._record())
         self._write_log()
@@ -153,6 +165,7 @@ class Run:
             path.write_text(self.config.to_toml(), encoding="utf-8")
 
     def _write_record(self, record: dict[str, Any]) -> None:
+        self.record = record
         with replacing(self.config.out / "run.json") as path:
             path.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -171,6 +184,7 @@ class Run:
             "seed": self.config.seed,
             "folding": self.folding,
             "memory": None if self.choice is None else asdict(self.choice),
+            "kernels": unet_kernels.choices(self.device),
             "began": _now(),
         }
 
@@ -212,13 +226,12 @@ class Run:
         """
         _refuse_another_net(state, self.model.state_dict())
         about = state.about
-        if about["data"] != self.task.data_digest and not accept_changed_data:
+        changed = about["data"] != self.task.data_digest
+        if changed and not accept_changed_data:
             raise BadInput(
                 f"{self.config.images} and {self.config.labels} are not what the run in {self.config.out} began with; "
                 f"their contents must stay, wherever they lie, unless --accept-changed-data says that they may differ"
             )
-        self.model.load_state_dict(state.weights)
-        self.stepper.restore(state.optimizer, about["stepper"])
         # whatever a clock says today
         unet_kernels.adopt(about.get("kernels"), self.device)
         self.step, self.best_step, self.seconds = about["step"], about["best_step"], about["seconds"]
@@ -226,22 +239,53 @@ class Run:
         losses = [math.nan if loss is None else loss for loss in about["losses"]]
         self.log, self.losses = about["log"], [torch.tensor(loss, device=self.device) for loss in losses]
         self.skipped = about["skipped"]
+        if changed:
+            # scores on other images cannot be compared
+            self.best, self.best_step = math.inf, 0
+        if self.ranks.main:
+            self._mend_best()
+        self.model.load_state_dict(state.weights)
+        self.stepper.restore(state.optimizer, about["stepper"])
         if not self.ranks.main:
             return
         # what was left free may be another
+        self._open_board()
         self._write_config()
-        place = self.config.out / "run.json"
-        try:
-            record = json.loads(place.read_text())
-        except (OSError, ValueError):
-            record = self._record()
-        if self.choice is not None:
-            record["memory"] = asdict(self.choice)
-        machine = about_machine(self.device)
-        more = {"step": self.step, "when": _now(), "processes": self.ranks.world}
-        again = more | {name: machine[name] for name in ("command", "device", "git", "versions")}
-        self._write_record({**record, "continued": [*record.get("continued", []), again]})
+        self._continue_record(changed)
         self._write_log()
+
+    def _mend_best(self) -> None:
+        """The best model as its state has it: one of steps that were lost with a later state may have replaced it."""
+        states = [place for place in checkpoints(self.config.out) if step_of(place) == self.best_step]
+        if not states:
+            return
+        try:
+            weights = read(states[-1]).weights
+        except BadInput as error:
+            say(f"note: {error}")
+            return
+        try:
+            there, _ = read_tensors(self.config.out / MODEL)
+            if there.keys() == weights.keys() and all(torch.equal(there[k], weights[k]) for k in weights):
+                return
+        except BadInput:
+            pass
+        self.model.load_state_dict(weights)
+        self._save_best(self.validation.judge(self.model, self._validation_tile))
+
+    def _continue_record(self, changed: bool) -> None:
+        now = self._record()
+        try:
+            record = json.loads((self.config.out / "run.json").read_text())
+        except (OSError, ValueError):
+            record = now
+        if changed:
+            record |= {name: now[name] for name in ("data", "training", "validation", "class_weights", "folding")}
+        if self.choice is not None:
+            record["memory"] = now["memory"]
+        again = {"step": self.step, "when": _now(), "processes": self.ranks.world, "data_changed": changed}
+        again |= {name: now[name] for name in ("command", "device", "git", "versions")}
+        self._write_record({**record, "continued": [*record.get("continued", []), again]})
 
     # ---- the loop
 
@@ -259,6 +303,8 @@ class Run:
                 # an interrupted report is made up for
                 self._report_if_due()
                 while self.step < self.steps:
+                    if self.step % _STEPS_TO_STOP == 0 and self.ranks.any_stopping():
+                        raise KeyboardInterrupt
                     if not self._step_that_fits():
                         self._come_down("a step found no memory")
                         continue
@@ -270,8 +316,7 @@ class Run:
                     self._keep_now_and_then()
                     bar.advance(self._message())
             except KeyboardInterrupt:
-                if not self.updating:
-                    self.keep_state()
+                self._keep_at_the_end()
                 raise
             finally:
                 self.feed.close()
@@ -291,11 +336,23 @@ class Run:
             if not last:
                 self._stay_inside()
 
+    def _keep_at_the_end(self) -> None:
+        """Of a run that somebody ends."""
+        if self.updating or not self.ranks.main:
+            return
+        if not self._sound(_DOUBTFUL):
+            say("note: the last steps had no usable gradient; the state before them is kept")
+            return
+        try:
+            self.keep_state()
+        except BadInput as error:
+            say(f"note: {error}")
+
     def _keep_now_and_then(self) -> None:
         """Validations may lie further apart than what one would like to lose."""
-        if time.monotonic() - self._kept < 60 * self.config.keep_minutes or self.step == self.steps:
+        if not self.ranks.main or self.step == self.steps:
             return
-        if int(self.stepper.in_a_row) < _DOUBTFUL:
+        if time.monotonic() - self._kept >= 60 * self.config.keep_minutes and self._sound():
             self.keep_state()
 
     def _step_that_fits(self) -> bool:
@@ -365,7 +422,8 @@ class Run:
 
     def one_step(self, tiles: int | None = None) -> None:
         """Draw, forward, backward, update; of whole images the first `tiles` only, if that is all one wants to see."""
-        drawn = self.feed.take(self.step, self.steps)
+        with self.busy if self.feed.by_device else nullcontext():
+            drawn = self.feed.take(self.step, self.steps)
         with self.busy:
             loss = self.gradient(drawn, tiles)
             self.updating = True
@@ -410,9 +468,9 @@ class Run:
             images = [images[0][:tiles]]
         for number, pieces in enumerate(images):
             self._draw_dropout(number)
-            for piece, (read, target, weight) in enumerate(pieces):
+            for piece, (window, target, weight) in enumerate(pieces):
                 last = number == len(images) - 1 and piece == len(pieces) - 1
-                logits = self.stepper.logits(read, last=last)[..., : target.shape[-2], : target.shape[-1]]
+                logits = self.stepper.logits(window, last=last)[..., : target.shape[-2], : target.shape[-1]]
                 self.stepper.add(logits, target, weight, pixels, last=last)
 
     def pieces(self, drawn: tuple[Tensor, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -462,8 +520,15 @@ class Run:
             raise self._diverged(f"{longest} steps in a row had a loss or a gradient that is no number")
 
     def _diverged(self, what: str) -> BadInput:
+        if self.ranks.main:
+            # from these weights nothing came any more; where there is another state, that one is gone on from
+            lost = self.step - int(self.stepper.in_a_row)
+            states = checkpoints(self.config.out)
+            doubtful = [place for place in states if step_of(place) >= lost]
+            if len(doubtful) < len(states):
+                set_aside(doubtful, "doubtful")
         kept = f" ({self.config.out} keeps the last good state)" if checkpoints(self.config.out) else ""
-        return BadInput(f"{what}, at step {self.step}; a smaller lr than {self.config.lr:g} is needed{kept}")
+        return BadInput(f"{what}, at step {self.step}; a run with a smaller lr than {self.config.lr:g} is needed{kept}")
 
     def _report(self, check: bool) -> None:
         self._give_up_on_a_lost_net()
@@ -473,16 +538,17 @@ class Run:
         epoch = (self.step - 1) // self.sampler.per_epoch
         row |= {"step": self.step, "epoch": epoch, "lr": f"{self.lr:.6g}", "skipped": skipped - self.skipped}
         row |= {"loss": f"{loss:.6g}", "busy": f"{self.busy.share():.3f}"}
-        sound = int(self.stepper.in_a_row) < _DOUBTFUL
-        if check:
-            sound = self._check(row, loss) and sound
+        if self.config.precision == "float16":
+            row["scale"] = f"{float(self.stepper.scale):g}"
+        sound = check and self._check(row, loss, trained=skipped < self.step) and self._sound()
         row["seconds"] = f"{self.seconds:.1f}"
         if skipped > self.skipped and self.ranks.main:
             more = f", {skipped} in all" if self.skipped else ""
             now = skipped - self.skipped
             steps = f"{now} step{'s' if now > 1 else ''} up to {self.step}"
             say(f"note: {steps} changed nothing: no usable gradient{more}")
-        self.log.append(row)
+        # an interrupted report may have left its row
+        self.log = [*(old for old in self.log if old["step"] < self.step), row]
         self.losses, self.skipped = [], skipped
         self._write_log()
         self._show_on_board(row)
@@ -494,8 +560,11 @@ class Run:
             if time.monotonic() - self._drawn > _PAGE_SECONDS:
                 self.draw_page()
 
-    def _check(self, row: dict[str, Any], loss: float) -> bool:
-        """Validate, and save what is the best so far; whether what the net says is a number."""
+    def _check(self, row: dict[str, Any], loss: float, *, trained: bool) -> bool:
+        """Validate, and save what is the best so far; whether what the net says is a number.
+
+        `trained`: there was a step that changed the weights.
+        """
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             # the update of a gradient that was a number, times the rate, was none
             raise self._diverged("the weights became infinite or no number")
@@ -507,12 +576,14 @@ class Run:
         last_is_best = not judged.images
         # the same step again, where its report was interrupted
         better = last_is_best or val_loss < self.best or self.step == self.best_step
-        better = better and math.isfinite(val_loss)
+        better = better and math.isfinite(val_loss) and trained
         if better:
             self._save_best(judged)
             self.best, self.best_step = math.inf if last_is_best else val_loss, self.step
         row |= {k: f"{v:.6g}" for k, v in judged.scores.items() if v is not None}
         row["best"] = int(better)
+        if self.ranks.main and (chosen := unet_kernels.choices(self.device)) != self.record.get("kernels"):
+            self._write_record({**self.record, "kernels": chosen})
         return math.isfinite(val_loss)
 
     def _save_best(self, judged: Judgement) -> None:
@@ -553,15 +624,18 @@ class Run:
             return
         try:
             write_report(self.config.out)
-        except BadInput as error:
-            say(f"note: {error}")
+        except Exception as error:
+            say(f"note: the page was not drawn: {' '.join(str(error).split())[:300]}")
         self._drawn = time.monotonic()
 
+    def _open_board(self) -> None:
+        if self.config.tensorboard:
+            # what a run that was killed had shown of later steps is shown again
+            self._board = _board(self.config.out / "tensorboard", self.step + 1)
+
     def _show_on_board(self, row: dict[str, Any]) -> None:
-        if not (self.config.tensorboard and self.ranks.main):
-            return
         if self._board is None:
-            self._board = _board(self.config.out / "tensorboard", self.step)
+            return
         for name, value in row.items():
             if name != "step" and value != "":
                 self._board.add_scalar(name.replace("val_", "validation/"), float(value), self.step)
@@ -617,9 +691,30 @@ def _refuse_another_net(state: State, here: dict[str, Tensor]) -> None:
         raise BadInput(f"{state.place} is of another net: {'; '.join(differ[:4])}{more}")
 
 
+def understood(state: State) -> State:
+    """The state, if it says all that a run needs.
+
+    Raises:
+        BadInput: it does not; says what is missing.
+    """
+    about: Any = state.about
+    kinds: dict[str, Any] = {
+        "step": int, "best_step": int, "seconds": (int, float), "best": (int, float, NoneType), "losses": list,
+        "log": list, "skipped": int, "data": str, "config": dict, "stepper": dict,
+    }  # fmt: skip
+    about = about if isinstance(about, dict) else {}
+    wrong = [name for name, kind in kinds.items() if name not in about or not isinstance(about[name], kind)]
+    if not wrong and about["stepper"].keys() < {"scale", "steady", "skipped", "in_a_row"}:
+        wrong = ["stepper"]
+    if wrong:
+        raise BadInput(f"{state.place} is of no run of this version: it has no usable {', '.join(wrong)}")
+    return state
+
+
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
+    # a file's name need not be text
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -631,7 +726,6 @@ def _board(place: Path, step: int) -> Any:
         raise BadInput(
             "tensorboard must be false without the package of that name; pip install 'unet-fast[tb]'"
         ) from error
-    # what a run that was killed had shown of later steps is shown again
     return SummaryWriter(str(place), purge_step=step)
 
 

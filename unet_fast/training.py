@@ -5,6 +5,7 @@ What a run leaves in its directory is told in `unet_fast.run`.
 
 import csv
 import os
+import shutil
 import signal
 import threading
 import time
@@ -13,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ import torch._dynamo
 
 import unet_kernels
 
-from .checkpoints import State, checkpoints, newest, read, sweep
+from .checkpoints import State, checkpoints, newest, read, set_aside, sweep
 from .config import TrainConfig, read_toml
 from .data import Example
 from .distribution import Ranks
@@ -32,7 +34,7 @@ from .journal import FOLDER, locked
 from .measuring import Apart, Measured, Meter, capped
 from .model import FastUNet
 from .planning import OFFERED, PRECISIONS, RECOMPUTE, Choice, choose
-from .run import LOG_COLUMNS, Run, say, tiles_for, with_setting
+from .run import LOG_COLUMNS, Run, say, tiles_for, understood, with_setting
 from .storage import MODEL, load, pick_device
 from .task import Task, prepare
 from .tiling import plan_tiles
@@ -53,6 +55,9 @@ _NOISE_BYTES = 500_000
 
 # tiles of a whole image that a trial looks at
 _TRIED = 4
+
+# folders of trials in a run's
+_TRIAL = ".trial-"
 
 # steps of a trial, where they are short: the fastest is what a step takes on a machine that does nothing else
 _CALLS = 3
@@ -95,11 +100,14 @@ def train(
     tell = say if progress and ranks.main else _to_nobody
     meter = None if config.memory is None else Meter(device)
     with ExitStack() as stack:
-        stack.enter_context(_terminated())
+        stack.enter_context(_told_to_end(ranks))
         stack.enter_context(_deterministic(config.deterministic))
         if ranks.world > 1 and ranks.main and device.type == "cuda" and not resume and config.memory is None:
             _time_kernels(config, device, ranks)
         stack.enter_context(ranks.joined(device))
+        if resume and ranks.main and checkpoints(config.out):
+            # before it is read: nobody else goes on from it
+            stack.enter_context(locked(config.out / FOLDER / "lock"))
         state = _state(config.out, ranks) if resume else None
         if state is not None:
             config = _continued(config, state.about["config"])
@@ -121,11 +129,11 @@ def train(
             config = _continued(config, state.about["config"])
         if ranks.main:
             writable_folder(config.out)
-            stack.enter_context(locked(config.out / FOLDER / "lock"))
             if state is None:
+                stack.enter_context(locked(config.out / FOLDER / "lock"))
                 # another may have begun and ended meanwhile
                 _refuse_other_run(config.out)
-            sweep(config.out)
+            _sweep(config.out)
         return _carried_out(config, task, ranks, meter, choice, state, tell, accept_changed_data)
 
 
@@ -144,6 +152,10 @@ def _carried_out(
         tell(_summary(config, task, run))
     if state is not None:
         run.restore(state, accept_changed_data=accept_changed_data)
+        if ranks.main and state.place is not None:
+            # those above it are damaged, and would stand in the way of what comes
+            found = checkpoints(config.out)
+            set_aside(found[found.index(state.place) + 1 :], "damaged")
     else:
         run.begin()
         if ranks.world > 1:
@@ -162,7 +174,7 @@ def _state(out: Path, ranks: Ranks) -> State:
     """The newest state that is whole, the same in all processes."""
     place = ranks.from_main(lambda: newest(out).place)
     assert place is not None
-    return read(place)
+    return understood(read(place))
 
 
 def _time_kernels(config: TrainConfig, device: torch.device, ranks: Ranks) -> None:
@@ -174,17 +186,50 @@ def _time_kernels(config: TrainConfig, device: torch.device, ranks: Ranks) -> No
     Run(config.with_(tile=tile, precision=precision, batch=batch, steps=1, epochs=None), task).one_step()
 
 
+def _sweep(out: Path) -> None:
+    """Remove what a run that was killed had begun to write."""
+    sweep(out)
+    for name in (
+        MODEL,
+        "config.toml",
+        "run.json",
+        "log.csv",
+        "scores.csv",
+        "overlays.npz",
+        "curves.png",
+        "report.html",
+    ):
+        stem, _, suffix = name.partition(".")
+        for left in out.glob(f".{stem}-*.{suffix}"):
+            left.unlink(missing_ok=True)
+    for left in out.glob(f"{_TRIAL}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
-def _terminated() -> Iterator[None]:
-    """Who ends a job by SIGTERM, as schedulers do, gets what Ctrl-C gets: the state is kept."""
+def _told_to_end(ranks: Ranks) -> Iterator[None]:
+    """Who ends a job by SIGTERM, as schedulers do, gets what Ctrl-C gets: the state is kept.
+
+    Several processes must end after the same step: a signal is a wish, of which they tell one another; a second one is
+    obeyed at once.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def wish(_number: int, _frame: FrameType | None) -> None:
+        if ranks.stopping:
+            raise KeyboardInterrupt
+        ranks.stopping = True
+
+    handler = signal.default_int_handler if ranks.world == 1 else wish
+    numbers = (signal.SIGTERM,) if ranks.world == 1 else (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, handler) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in zip(numbers, before, strict=True):
+            signal.signal(number, earlier)
 
 
 @contextmanager
@@ -240,7 +285,7 @@ def _inside_budget(
     )
     tell(choice.table())
     config = with_setting(config, choice.setting)
-    with TemporaryDirectory(dir=config.out) as place:
+    with TemporaryDirectory(prefix=_TRIAL, dir=config.out) as place:
         between = apart(_measure_between_steps, config.with_(out=Path(place), **steps), device).bytes
     needed = None if between is None else between / _HEADROOM.get(device.type, 1.0)
     if needed is not None and needed > budget:
@@ -329,7 +374,7 @@ def resumed_config(out: Path, **overrides: Any) -> TrainConfig:
         # the last state knows what the run came down to, if it had to
         settings.pop("tile", None)
     if overrides.get("epochs") is not None:
-        del settings["steps"]  # the same run, its length said as it was at first
+        settings.pop("steps", None)  # the same run, its length said as it was at first
     return TrainConfig.from_dict({**settings, "out": str(out)}, **overrides)
 
 
@@ -353,11 +398,15 @@ def _refuse_other_run(out: Path) -> None:
 def _continued(config: TrainConfig, before: dict[str, Any]) -> TrainConfig:
     """The settings of a run that goes on: what is left open now is as it was, what differs is refused by name."""
     now = config.as_dict()
+    free = set(_FREE_ON_RESUME)
+    if "memory" in before:
+        # a run in a budget may have come down from the tile it was given
+        config, free = config.with_(tile=before["tile"]), {*free, "tile"}
     # epochs become steps when the data are known
-    for key in sorted(set(now) - {*_FREE_ON_RESUME, "epochs"}):
+    for key in sorted(set(now) - {*free, "epochs"}):
         if now[key] != before.get(key):
             raise BadInput(
                 f"{key} was {before.get(key)!r} when the run began and is {now[key]!r} now; it cannot change"
             )
-    left_open = set(before) - {*now, *_FREE_ON_RESUME, *(("steps",) if config.epochs else ())}
+    left_open = set(before) - {*now, *free, *(("steps",) if config.epochs else ())}
     return config.with_(**{key: before[key] for key in left_open})

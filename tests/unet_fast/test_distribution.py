@@ -6,9 +6,11 @@ the same tiles. Dropout, augmentation, ignored pixels, scaled losses and a step 
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +73,14 @@ def free_port() -> int:
 def in_processes(count: int, cases: Jobs) -> None:
     """Run trainings (settings, resume, step at which all are interrupted, step with a NaN) in that many processes."""
     told = json.dumps([(free_port(), case[0].as_dict(), *case[1:]) for case in cases])
+    for process in start(count, told):
+        _, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+
+
+def start(count: int, told: str) -> list[subprocess.Popen[str]]:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    running = [
+    return [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, told],
             env={
@@ -84,9 +92,6 @@ def in_processes(count: int, cases: Jobs) -> None:
         )
         for rank in range(count)
     ]  # fmt: skip
-    for process in running:
-        _, said = process.communicate(timeout=300)
-        assert process.returncode == 0, said
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +155,14 @@ def test_two_processes_train_the_net_of_one_bit_for_bit(drawn: Path, tmp_path: P
         return [*cases, (config(drawn, place / "poisoned"), False, None, 2)]
 
     stopped, later = config(drawn, two / "stopped"), config(drawn, two / "later by one")
-    in_processes(2, [*jobs(two), (stopped, False, 4, None), (stopped, True, None, None), (later, False, 5, None)])
+    accumulated, whole = (config(drawn, two / name, batch=4, at_once=1) for name in ("accumulated", "not stopped"))
+    in_processes(
+        2,
+        [
+            *jobs(two), (stopped, False, 4, None), (stopped, True, None, None), (later, False, 5, None),
+            (accumulated, False, 4, None), (accumulated, True, None, None), (whole, False, None, None),
+        ],
+    )  # fmt: skip
     in_processes(1, jobs(one))
     for case in CASES:
         assert same(one / case, two / case), case
@@ -163,6 +175,7 @@ def test_two_processes_train_the_net_of_one_bit_for_bit(drawn: Path, tmp_path: P
             torch.testing.assert_close(best[name], best_b[name], rtol=1e-3, atol=1e-5)
     # two that were interrupted go on; and what two began, one may end
     assert same(stopped.out, one / "tiles")
+    assert same(accumulated.out, whole.out)
     assert checkpoints.newest(later.out).about["step"] == 5
     train(later, resume=True, progress=False)
     assert same(later.out, one / "tiles")
@@ -203,6 +216,22 @@ def test_by_torchrun_one_speaks_and_one_writes(drawn: Path, tmp_path: Path) -> N
     assert not (tmp_path / "other").exists()
 
 
+def test_a_signal_ends_all_after_the_same_step(drawn: Path, tmp_path: Path) -> None:
+    given = config(drawn, tmp_path / "run", steps=100_000, validate_every=50_000)
+    told = json.dumps([(free_port(), given.as_dict(), False, None, None)])
+    processes = start(2, told)
+    until = time.monotonic() + 120
+    while not (given.out / "log.csv").exists() or len((given.out / "log.csv").read_text().splitlines()) < 4:
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 0, said
+    assert checkpoints.newest(given.out).about["step"] % 8 == 0
+
+
 def test_alone_nothing_is_sent() -> None:
     ranks = Ranks()
     x = torch.ones(3)
@@ -211,6 +240,8 @@ def test_alone_nothing_is_sent() -> None:
     assert ranks.gathered([1, 2]) == [1, 2]
     assert list(ranks.share(3)) == [0, 1, 2]
     assert ranks.device("auto") == "auto"
+    with pytest.raises(BadInput, match="device must be cuda where 2 processes take a GPU each, got cuda:0"):
+        Ranks(0, 2).device("cuda:0")
     with pytest.raises(BadInput, match="batch must be a multiple of the 3 processes, got 4; use 6"):
         Ranks(0, 3).share(4)
     shares = [Ranks(rank, 3).share(6) for rank in range(3)]

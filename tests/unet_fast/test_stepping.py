@@ -291,7 +291,8 @@ def test_after_so_many_in_a_row_the_run_ends_and_the_last_good_state_goes_on(
     poisoned |= {3, 4}
     with pytest.raises(BadInput) as refused:
         train(settings, progress=False)
-    said = "2 steps in a row had a loss or a gradient that is no number, at step 5; a smaller lr than 0.002 is needed"
+    said = "2 steps in a row had a loss or a gradient that is no number, at step 5; "
+    said += "a run with a smaller lr than 0.002 is needed"
     assert str(refused.value) == f"{said} ({settings.out} keeps the last good state)"
     assert checkpoints.newest(settings.out).about["step"] == 3
     # what was wrong with these images is mended

@@ -150,7 +150,7 @@ def test_the_log_has_the_columns_of_the_contract(finished: Path) -> None:
     assert tuple(header) == training.LOG_COLUMNS
     assert header == [
         "step", "epoch", "lr", "loss", "skipped", "val_loss", "val_iou", "val_pixel_error", "val_threshold",
-        "val_cell_iou", "val_ap50", "best", "busy", "seconds",
+        "val_cell_iou", "val_ap50", "best", "scale", "busy", "seconds",
     ]  # fmt: skip
     log = training.read_log(finished / "log.csv")
     assert len(log) == len(rows)
@@ -454,7 +454,8 @@ def test_a_run_that_diverges_says_so_and_keeps_no_wreck(drawn: Path, tmp_path: P
     settings = config(drawn, run, lr=1e30, clip=0, warmup=0, log_every=1, most_skipped=4, validate_every=7)
     with pytest.raises(BadInput) as raised:
         train(settings, progress=False)
-    said = "4 steps in a row had a loss or a gradient that is no number, at step 5; a smaller lr than 1e+30 is needed"
+    said = "4 steps in a row had a loss or a gradient that is no number, at step 5; "
+    said += "a run with a smaller lr than 1e+30 is needed"
     assert str(raised.value) == said
     assert not list(run.rglob("*.safetensors"))
 
@@ -478,7 +479,7 @@ def test_an_update_that_throws_the_net_away_is_noticed_before_it_is_saved(drawn:
     settings = config(
         drawn, run, lr=3e38, momentum=0, clip=1e30, warmup=0, steps=2, validate_every=1, border_weight=1e4
     )
-    with pytest.raises(BadInput, match="the weights became infinite or no number, at step 1; a smaller lr"):
+    with pytest.raises(BadInput, match="the weights became infinite or no number, at step 1; a run with a smaller lr"):
         train(settings, progress=False)
     assert not list(run.rglob("*.safetensors"))
 
@@ -965,3 +966,200 @@ def test_deterministic_is_for_the_run_alone(drawn: Path, finished: Path, tmp_pat
     assert torch.utils.deterministic.fill_uninitialized_memory
     # a CPU is so anyway
     assert outcome(tmp_path / "run")[1:] == outcome(finished)[1:]
+
+
+# ---- what a fresh reader found
+
+
+def _interrupted_at(step: int, settings: TrainConfig, **more: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "one_step", _after(step + 1, running.Run.one_step))
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, progress=False, **more)
+
+
+def test_after_a_fallback_new_states_are_kept_and_the_damaged_set_aside(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = config(drawn, run, steps=20, validate_every=2)
+    _interrupted_at(3, settings)
+    for step in ("00000010", "00000011"):
+        shutil.copytree(run / "checkpoints" / "00000003", run / "checkpoints" / step)
+        (run / "checkpoints" / step / "state.json").write_bytes(b"?")
+    (run / "checkpoints" / "00000099").write_text("a file is no state")
+    _interrupted_at(2, settings, resume=True)
+    assert checkpoints.newest(run).about["step"] == 5
+    assert [p.name for p in checkpoints.checkpoints(run)][-2:] == ["00000004", "00000005"]
+    assert {p.name for p in (run / "checkpoints").iterdir()} >= {"damaged-00000010", "damaged-00000011"}
+
+
+def test_the_page_ends_no_run_whatever_the_folder_is_called(drawn: Path, tmp_path: Path) -> None:
+    from unet_fast.report import write_report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "write_report", write_report)
+        train(config(drawn, tmp_path / "r$x^$", steps=1), progress=False)
+        assert (tmp_path / "r$x^$" / "report.html").exists()
+        patch.setattr(running, "write_report", lambda place: 1 / 0)
+        assert train(config(drawn, tmp_path / "other", steps=1), progress=False).best_step == 1
+
+
+def test_no_wreck_is_kept_as_the_newest_state(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, whole = tmp_path / "run", running.Run.one_step
+
+    def wrecked(it: running.Run, *arguments: Any) -> None:
+        if it.step == 5:
+            with torch.no_grad():
+                next(it.model.parameters()).fill_(math.inf)
+        if it.step == 7:
+            raise KeyboardInterrupt
+        whole(it, *arguments)
+
+    settings = config(drawn, run, steps=12, validate_every=4, keep_minutes=1e-9)
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Run, "one_step", wrecked)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, progress=False)
+    assert "the last steps had no usable gradient; the state before them is kept" in capsys.readouterr().err
+    assert checkpoints.newest(run).about["step"] == 5
+    assert train(settings, resume=True, progress=False).log[-1]["step"] == 12
+
+
+def test_states_from_which_nothing_came_are_set_aside_where_there_are_others(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, whole = tmp_path / "run", running.Run.one_step
+
+    def lost(it: running.Run, *arguments: Any) -> None:
+        whole(it, *arguments)
+        if it.step == 6:
+            with torch.no_grad():
+                next(it.model.parameters()).fill_(1e38)
+
+    settings = config(drawn, run, steps=20, validate_every=50, keep_minutes=1e-9, most_skipped=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(running.Run, "one_step", lost)
+        with pytest.raises(BadInput, match="3 steps in a row"):
+            train(settings, progress=False)
+    assert (run / "checkpoints" / "doubtful-00000006").is_dir()
+    assert checkpoints.newest(run).about["step"] == 5
+    assert train(settings, resume=True, progress=False).log[-1]["step"] == 20
+
+
+def test_the_best_model_is_that_of_the_state_gone_on_from(drawn: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    best = read_tensors(run / MODEL)[0]
+    # of steps that were lost with a later state
+    model = load(run)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    running.save(model, run / MODEL)
+    train(config(drawn, run), resume=True, progress=False)
+    assert all(torch.equal(read_tensors(run / MODEL)[0][k], best[k]) for k in best)
+
+
+def test_with_changed_data_the_record_and_the_best_are_those_of_the_new(drawn: Path, tmp_path: Path) -> None:
+    place, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(drawn, place)
+    _interrupted_at(4, config(place, run))
+    image, instances = synthetic.cells(64, seed=9, radius_px=(7.0, 9.0))
+    write_tiff(place / "images" / "4.tif", image, "YX")
+    write_tiff(place / "labels" / "4.tif", instances.astype(np.uint16), "YX")
+    result = train(config(place, run), resume=True, progress=False, accept_changed_data=True)
+    record = json.loads((run / "run.json").read_text())
+    assert record["validation"] == ["4.tif"]
+    assert len(record["data"]) == 10
+    assert [each["data_changed"] for each in record["continued"]] == [True]
+    assert result.best_step > 4
+
+
+def test_names_that_are_no_text(drawn: Path, tmp_path: Path) -> None:
+    place = tmp_path / "data"
+    shutil.copytree(drawn, place)
+    odd = b"4\xff.tif".decode("utf-8", "surrogateescape")
+    for kind in ("images", "labels"):
+        shutil.copy(place / kind / "3.tif", place / kind / odd)
+    result = train(config(place, tmp_path / "run", steps=2), progress=False)
+    assert b"4\xff.tif" in (result.run / "scores.csv").read_bytes()
+    with pytest.raises(BadInput, match="images must be a path that is text in UTF-8"):
+        config(tmp_path / odd, tmp_path / "run")
+
+
+def test_what_a_kill_left_beside_the_files_is_swept(drawn: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config(drawn, run, steps=1), progress=False)
+    (run / ".model-ab12.safetensors").write_bytes(b"half")
+    (run / ".log-x.csv").write_bytes(b"half")
+    (run / ".trial-1").mkdir()
+    (run / ".mine.csv").write_bytes(b"somebody's")
+    train(config(drawn, run, steps=1), resume=True, progress=False)
+    assert sorted(p.name for p in run.iterdir() if p.name.startswith(".")) == [".mine.csv"]
+
+
+def test_a_run_that_never_took_a_step_saves_no_model(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = running.Run.gradient
+
+    def poisoned(run: running.Run, drawn: Any, tiles: int | None = None) -> Tensor:
+        return whole(run, [(image * math.nan, *others) for image, *others in drawn], tiles)
+
+    monkeypatch.setattr(running.Run, "gradient", poisoned)
+    with pytest.raises(BadInput, match="no model was ever worth saving"):
+        train(config(drawn, tmp_path / "run", most_skipped=100), progress=False)
+    assert not (tmp_path / "run" / MODEL).exists()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda a: [], lambda a: {k: v for k, v in a.items() if k != "step"}, lambda a: {**a, "step": "six"},
+     lambda a: {**a, "stepper": {}}],
+)  # fmt: skip
+def test_a_state_that_says_something_else_is_a_sentence(
+    spoil: Callable[[Any], Any], drawn: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(config(drawn, run, steps=1), progress=False)
+    state = checkpoints.newest(run)
+    checkpoints.keep(run, 1, checkpoints.State(state.weights, state.optimizer, spoil(state.about)))
+    with pytest.raises(BadInput, match="is of no run of this version: it has no usable"):
+        train(config(drawn, run, steps=1), resume=True, progress=False)
+
+
+def test_ctrl_c_on_a_full_disk_is_still_ctrl_c(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> Path:
+        raise BadInput("the disk is full")
+
+    monkeypatch.setattr(running, "keep", full)
+    _interrupted_at(2, config(drawn, tmp_path / "run"))
+    assert "note: the disk is full" in capsys.readouterr().err
+
+
+def test_a_run_in_a_budget_that_came_down_goes_on_by_the_words_it_began_with(drawn: Path, tmp_path: Path) -> None:
+    before = {**config(drawn, tmp_path, tile=36, memory="2GB").as_dict()}
+    now = config(drawn, tmp_path, tile=80, memory="2GB")
+    assert training._continued(now, before).tile == 36
+
+
+def test_the_record_has_the_choices_that_were_made(
+    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = iter([{"rows": {}}, *({"rows": {"op": "ours"}} for _ in range(50))])
+    monkeypatch.setattr(uk, "choices", lambda device: next(tables))
+    train(config(drawn, tmp_path / "run", steps=1), progress=False)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["kernels"] == {"rows": {"op": "ours"}}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("images_on", ["device", "host"])
+def test_on_a_gpu_a_deterministic_run_goes_on_bit_for_bit(images_on: str, drawn: Path, tmp_path: Path) -> None:
+    more = {"device": "cuda", "deterministic": True, "images_on": images_on}
+    train(config(drawn, tmp_path / "whole", **more), progress=False)
+    _interrupted_at(4, config(drawn, tmp_path / "run", **more))
+    train(config(drawn, tmp_path / "run", **more), resume=True, progress=False)
+    assert outcome(tmp_path / "run")[1:] == outcome(tmp_path / "whole")[1:]
+    assert training.resumed_config(tmp_path / "run").precision == "bfloat16"
