@@ -18,6 +18,7 @@ import math
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,7 @@ class PatchClassifier(nn.Sequential):
         for layer in self:
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight)
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
 
 
@@ -166,11 +168,16 @@ def seconds_of(work: Callable[[], Any], calls: int = 3) -> float:
 def trained(out: Path, name: str, recipe: Sequence[str], steps: int) -> dict[str, Any]:
     """Train a variant in OUT/NAME unless that was finished before, predict and evaluate; what is known of it."""
     run, log = out / name, out / name / "log.csv"
+    settings = run / "config.toml"
+    if settings.exists() and (there := tomllib.loads(settings.read_text())["steps"]) != steps:
+        sys.exit(f"{run} is a run of {there} steps, not {steps}; say --steps {there}, or another OUT")
     rows = list(csv.DictReader(log.open())) if log.exists() else []
     if not rows or int(rows[-1]["step"]) < steps:
-        where = ("-i", out / "train-volume.tif", "--labels", out / "train-labels.tif", "-o", run)
-        begun = any((run / "checkpoints").glob("*"))
-        unet_fast("train", *(("-o", run, "--resume") if begun else (*where, *recipe, *VARIANTS[name])))
+        words: list[str | Path] = ["-o", run, "--resume"]
+        if not any((run / "checkpoints").glob("*")):
+            words = ["-i", out / "train-volume.tif", "--labels", out / "train-labels.tif", "-o", run]
+            words += [*recipe, *VARIANTS[name]]
+        unet_fast("train", *words)
         rows = list(csv.DictReader(log.open()))
     found = out / f"{name}.tif"
     unet_fast("predict", "-m", run, "-i", out / "test-volume.tif", "-o", found, "--output", "probabilities")
@@ -303,7 +310,8 @@ def draw_crops(
 ) -> None:
     """What each variant found in one crop of the first held-out slice, at its own best threshold of pixel error."""
     side = min(192, *volume.shape[1:])
-    crop = (0, *(slice((n - side) // 2, (n - side) // 2 + side) for n in volume.shape[1:]))
+    rows_shown, columns_shown = (slice((n - side) // 2, (n - side) // 2 + side) for n in volume.shape[1:])
+    crop = (0, rows_shown, columns_shown)
     image = volume[crop]
     panels = [("truth", figures.outlined(image, metrics.components(cells[crop] > 0), figures.TRUTH))]
     for name, row in rows.items():

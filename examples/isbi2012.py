@@ -157,12 +157,13 @@ for name, values in TABLE_1.items():
 
 # %%
 side = min(256, *test_volume.shape[1:])
-part = (0, *(slice((n - side) // 2, (n - side) // 2 + side) for n in test_volume.shape[1:]))
+rows, columns = (slice((n - side) // 2, (n - side) // 2 + side) for n in test_volume.shape[1:])
+crop = (0, rows, columns)
 figures.draw_prediction(
     out / "isbi2012.png",
-    test_volume[part],
-    metrics.components(test_labels[part] > 0),
-    metrics.components(pooled[:, 1][part] > 0.5),
+    test_volume[crop],
+    metrics.components(test_labels[crop] > 0),
+    metrics.components(pooled[:, 1][crop] > 0.5),
     title=f"a part of slice {held_out[0]}, not seen in training; pixel error over {where}: {ours['pixel_error']:.3f}",
 )
 (out / "scores.json").write_text(
