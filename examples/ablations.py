@@ -7,8 +7,9 @@
 #
 #     python examples/ablations.py DATA OUT [--quick] [--steps N] [--patch-seconds N] [--only NAME,...]
 #
-# DATA holds train-volume.tif and train-labels.tif. NAME is full, no-skips, no-weight-map, no-elastic, resize,
-# same-padding or patches; what is there already in OUT is not trained again, so that an interrupted run goes on.
+# DATA holds train-volume.tif and train-labels.tif. NAME is full, full-again (another seed), no-skips, no-weight-map,
+# no-elastic, resize, same-padding or patches; what is there already in OUT is not trained again, so that an
+# interrupted run goes on.
 
 # %%
 import argparse
@@ -37,6 +38,8 @@ from unet_fast.layers import Layers
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "full": (),
+    # nothing but another seed: differences of this size are no effect of a part
+    "full-again": ("--seed", "1"),
     "no-skips": ("--no-skips",),
     "no-weight-map": ("--border-weight", "0"),
     "no-elastic": ("--elastic", "0"),
@@ -296,7 +299,7 @@ def draw_scores(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     )
     for axis, (key, label) in zip(axes, shown, strict=True):
         values = [row[key] for row in rows.values()]
-        colours = ["#0072B2" if name == "full" else "#56B4E9" for name in rows]
+        colours = ["#0072B2" if name.startswith("full") else "#56B4E9" for name in rows]
         bars = axis.barh(list(rows), values, color=colours)
         axis.bar_label(bars, [f"{value:.4f}" if value >= 0.01 else f"{value:.6f}" for value in values], padding=3)
         axis.set_xlim(0, 1.3 * max([*values, 1e-9]))
