@@ -335,11 +335,13 @@ def draw_crops(
 
 
 def draw_grids(path: Path, crops: dict[str, NDArray[Any]]) -> None:
-    """48 x 48 logits of each net, grey from the least to the greatest of the crop."""
+    """48 x 48 logits of each net, grey from the crop's least to its greatest; less than 0.02 is one grey."""
     figure = Figure(figsize=(11, 6), layout="constrained")
-    figure.suptitle("logits of cell, 48 x 48 pixels, each grey from its least to its greatest")
+    figure.suptitle("logits of cell, 48 x 48 pixels, each grey from its least to its greatest, at least 0.02 apart")
     for axis, (name, crop) in zip(figure.subplots(2, 4).ravel(), crops.items(), strict=True):
-        axis.imshow(crop, cmap="gray", interpolation="nearest")
+        # the last bits of equal logits are no grid
+        middle, reach = (crop.max() + crop.min()) / 2, max(float(np.ptp(crop)), 0.02) / 2
+        axis.imshow(crop, cmap="gray", vmin=middle - reach, vmax=middle + reach, interpolation="nearest")
         axis.set_title(f"{name}\n{crop.min():.3g} to {crop.max():.3g}", fontsize=9)
         axis.set_axis_off()
     figure.savefig(path, dpi=110)
