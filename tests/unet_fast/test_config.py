@@ -83,7 +83,7 @@ def test_every_setting_is_tried() -> None:
 @given(values=st.fixed_dictionaries({f.name: VALUES.get(f.name, st.nothing()) for f in fields(TrainConfig)}))
 def test_every_setting_survives_toml_and_json(values: dict[str, Any]) -> None:
     # whole images have no centre to choose
-    values |= {"foreground": 0.0} if values["accumulate"] == "image" else {}
+    values |= {"foreground": 0.0, "at_once": None} if values["accumulate"] == "image" else {}
     # tiles of a padded net do not join
     values |= {"memory": None, "accumulate": "tile"} if values["padding"] == "same" else {}
     config = TrainConfig(**values)
