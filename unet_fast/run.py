@@ -76,8 +76,6 @@ LOG_COLUMNS = (
 _OF_A_STEP = 0.6
 # a step that found no memory is tried again with a tile of at most this share of its bytes
 _SMALLER = 0.85
-# pictures of a run: so many images, of at most so many pixels a side
-_SHOWN, _SHOWN_SIDE = 4, 512
 # the page is drawn anew at a validation, if it is so old
 _PAGE_SECONDS = 60.0
 # somebody ends a run: a net that has just skipped more steps in a row than this may be lost, and its state is not kept
@@ -597,26 +595,7 @@ class Run:
             rows = [{k: "" if v is None else v for k, v in each.scores().items()} for each in judged.images]
             _write_csv(path, SCORES, rows)
         with replacing(out / "overlays.npz") as path, path.open("wb") as file:
-            np.savez_compressed(file, **self._overlays(judged))
-
-    def _overlays(self, judged: Judgement) -> dict[str, Any]:
-        """Some of the images, evenly from first to last, and their middle where they are large."""
-        count = len(judged.images)
-        chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(_SHOWN, count))})
-        shown: dict[str, Any] = {"names": np.array([judged.images[i].name for i in chosen]), "step": self.step}
-        for number, i in enumerate(chosen):
-            example = self.validation.examples[i]
-            here = tuple(
-                slice((n - m) // 2, (n - m) // 2 + m)
-                for n, m in ((n, min(n, _SHOWN_SIDE)) for n in example.instances.shape)
-            )
-            shown |= {
-                f"image_{number}": example.image[0].numpy()[here].astype(np.float32),
-                f"truth_{number}": example.instances.numpy()[here],
-                f"found_{number}": judged.images[i].found[here],
-                f"weight_{number}": self.validation.weights[i][0].numpy()[here].astype(np.float16),
-            }
-        return shown
+            np.savez_compressed(file, step=self.step, **self.validation.overlays(judged))
 
     def draw_page(self) -> None:
         """One that cannot be written ends no run."""

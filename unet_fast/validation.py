@@ -22,6 +22,9 @@ from .tiling import covering_tile, plan_tiles
 
 __all__ = ["SCORES", "Judged", "Judgement", "Validation"]
 
+# pictures of a run: so many images, of at most so many pixels a side
+_PICTURES, _PICTURE_SIDE = 4, 512
+
 # the columns of an image's row
 SCORES = ("image", "loss", "iou", "pixel_error", "cell_iou", "ap50")
 
@@ -86,6 +89,26 @@ class Validation:
             model.normalisation = normalisation
         images = [judged for _, judged in sorted(ranks.gathered(mine), key=lambda pair: pair[0])]
         return Judgement(_pooled(images) if images else {}, images)
+
+    def overlays(self, judged: Judgement) -> dict[str, Any]:
+        """Some of the images, evenly from first to last, and their middle where they are large, for pictures.
+
+        names [n]; and of each i below n, [H, W]: image_i float32, truth_i and found_i int32 ids, weight_i float16.
+        """
+        count = len(judged.images)
+        chosen = sorted({round(i) for i in np.linspace(0, count - 1, min(_PICTURES, count))})
+        shown: dict[str, Any] = {"names": np.array([judged.images[i].name for i in chosen])}
+        for number, i in enumerate(chosen):
+            example = self.examples[i]
+            sides = [(n, min(n, _PICTURE_SIDE)) for n in example.instances.shape]
+            here = tuple(slice((n - m) // 2, (n - m) // 2 + m) for n, m in sides)
+            shown |= {
+                f"image_{number}": example.image[0].numpy()[here].astype(np.float32),
+                f"truth_{number}": example.instances.numpy()[here],
+                f"found_{number}": judged.images[i].found[here],
+                f"weight_{number}": self.weights[i][0].numpy()[here].astype(np.float16),
+            }
+        return shown
 
     def _of(self, number: int, model: FastUNet, largest_tile: int | None) -> Judged:
         example, target, weight = self.examples[number], self.targets[number], self.weights[number]

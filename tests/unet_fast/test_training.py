@@ -34,6 +34,7 @@ from unet_fast import (
     synthetic,
     train,
     training,
+    validation,
 )
 from unet_fast import (
     run as running,
@@ -901,8 +902,8 @@ def drawn_image(drawn: Path, number: int) -> Any:
 
 def test_large_images_show_their_middle_and_many_show_four(drawn: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "_SHOWN_SIDE", 40)
-        patch.setattr(running, "_SHOWN", 2)
+        patch.setattr(validation, "_PICTURE_SIDE", 40)
+        patch.setattr(validation, "_PICTURES", 2)
         train(config(drawn, tmp_path / "run", steps=1, validation=0.75), progress=False)
     with np.load(tmp_path / "run" / "overlays.npz", allow_pickle=False) as shown:
         assert shown["names"].tolist() == ["1.tif", "3.tif"]
